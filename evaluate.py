@@ -1,0 +1,256 @@
+"""Score masks against true masks: mIoU and what the network confuses.
+
+    python evaluate.py --pred masks --data path                    # the report
+    python evaluate.py --pred masks --data path --json score.json  # and all of it as JSON
+
+Every labelled video below --data is compared with the mask.npy at the same relative path below
+--pred. All figures come from one integer confusion matrix summed over the data set.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import (
+    CLASS_NAMES,
+    COLOURS,
+    MATERIALS,
+    NUM_CLASSES,
+    SHAPES,
+    DataError,
+    find_videos,
+    frame_paths,
+    read_mask,
+)
+from utils import UserError, atomic_write, run_script
+
+NUM_WORST = 10  # videos listed at the end of the report
+
+
+def confusion_matrix(truth: Tensor, pred: Tensor) -> Tensor:
+    """Count pixels by true and predicted class.
+
+    Args:
+        truth: Ids 0..48, any integer type and shape.
+        pred: Ids 0..48, of the same shape and on the same device.
+
+    Returns:
+        (49, 49) int64 on that device; rows are truth, columns prediction.
+    """
+    if truth.shape != pred.shape:
+        raise ValueError(f"truth is {tuple(truth.shape)}, prediction {tuple(pred.shape)}")
+    pairs = NUM_CLASSES * truth.flatten().short() + pred.flatten().short()  # at most 2400
+    counts = torch.bincount(pairs, minlength=NUM_CLASSES**2)
+    return counts.view(NUM_CLASSES, NUM_CLASSES)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Return intersection over union by class, (49,) float64; NaN where a class never occurs."""
+    confusion = confusion.double()
+    intersection = confusion.diag()
+    return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
+
+
+def mean_iou(confusion: Tensor) -> float | None:
+    """Return the mean IoU over the classes that occur in truth or prediction; None if none does.
+
+    The background counts as a class, and a class that is only predicted counts as 0: what
+    torchmetrics' MulticlassJaccardIndex(num_classes=49, average="macro") returns.
+    """
+    return _number(class_iou(confusion).nanmean())
+
+
+def factor_accuracy(confusion: Tensor) -> dict[str, dict[str, float | None]]:
+    """Return how often object pixels get the right shape, the right material, the right colour.
+
+    A pixel predicted as background is wrong in all three.
+
+    Returns:
+        Keys shape_accuracy, material_accuracy and colour_accuracy; each a dict by name, with
+        "all" for all object pixels and None where no true pixel has that name.
+    """
+    sizes = (len(SHAPES), len(MATERIALS), len(COLOURS))
+    objects = confusion[1:, 1:].double().reshape(*sizes, *sizes)  # by true, then predicted factors
+    total = confusion[1:].double().sum(1).reshape(sizes)  # true pixels, however predicted
+    result = {}
+    for axis, (factor, names) in enumerate(
+        (("shape", SHAPES), ("material", MATERIALS), ("colour", COLOURS))
+    ):
+        others = [i for i in range(3) if i != axis]
+        right = objects.sum([*others, *(i + 3 for i in others)]).diag()
+        pixels = total.sum(others)
+        by_name = {name: _number(value) for name, value in zip(names, right / pixels, strict=True)}
+        result[f"{factor}_accuracy"] = {"all": _number(right.sum() / pixels.sum()), **by_name}
+    return result
+
+
+def summarise(confusion: Tensor) -> dict[str, Any]:
+    """Turn a (49, 49) confusion matrix into plain figures, None where one is undefined.
+
+    Returns:
+        miou, foreground_iou (object against background), per_class (IoU by class name), pixels
+        (true pixels by class name), shape_accuracy, material_accuracy and colour_accuracy.
+    """
+    confusion = confusion.cpu()  # one transfer; the rest is cheaper on the CPU
+    hit = confusion[1:, 1:].sum().double()
+    iou = class_iou(confusion)
+    return {
+        "miou": mean_iou(confusion),
+        "foreground_iou": _number(hit / (confusion.sum() - confusion[0, 0])),
+        "per_class": dict(zip(CLASS_NAMES, map(_number, iou), strict=True)),
+        "pixels": dict(zip(CLASS_NAMES, confusion.sum(1).tolist(), strict=True)),
+        **factor_accuracy(confusion),
+    }
+
+
+def _number(value: Tensor) -> float | None:
+    return None if torch.isnan(value) else float(value)
+
+
+def read_labels(folder: Path) -> Tensor | None:
+    """Return mask.npy of a folder as uint8 (T, H, W), or None if there is none.
+
+    Raises:
+        DataError: not whole, not integers (T, H, W), or an id outside 0..48.
+    """
+    mask = read_mask(folder)
+    if mask is None:
+        return None
+    if mask.size == 0:
+        raise DataError(f"{folder / 'mask.npy'}: holds no mask ({mask.shape}), replace the file.")
+    low, high = int(mask.min()), int(mask.max())
+    if low < 0 or high >= NUM_CLASSES:
+        raise DataError(
+            f"{folder / 'mask.npy'}: holds the id {low if low < 0 else high}, "
+            f"but ids are 0 to {NUM_CLASSES - 1}; replace the file."
+        )
+    return torch.from_numpy(mask.astype(np.uint8))
+
+
+def read_truth(video: Path) -> Tensor | None:
+    """Return the labels of a video, one mask for each frame; else as `read_labels`."""
+    truth = read_labels(video)
+    frames = len(frame_paths(video))
+    if truth is not None and len(truth) != frames:
+        raise DataError(f"{video / 'mask.npy'}: holds {len(truth)} masks for {frames} frames.")
+    return truth
+
+
+def score(pred: Path, data: Path) -> dict[str, Any]:
+    """Compare every labelled video below `data` with its prediction below `pred`.
+
+    Videos with faulty labels are named on stderr and left out.
+
+    Raises:
+        UserError, DataError: a prediction is missing or faulty, or there is nothing to score.
+    """
+    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
+    last_frames = torch.zeros_like(confusion)
+    by_video: list[tuple[str, float]] = []
+    missing: list[Path] = []
+    frames = skipped = 0
+    for video in find_videos(data):
+        try:
+            truth = read_truth(video)
+        except DataError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        if truth is None:
+            continue
+        name = video.relative_to(data)  # "." if `data` is itself a video
+        folder = pred / name
+        mask = read_labels(folder)
+        if mask is None:
+            missing.append(folder / "mask.npy")
+            continue
+        if mask.shape != truth.shape:
+            raise UserError(
+                f"{folder / 'mask.npy'}: its shape is {tuple(mask.shape)}, "
+                f"the true masks' is {tuple(truth.shape)}; run infer.py on these videos."
+            )
+        last = confusion_matrix(truth[-1], mask[-1])
+        own = confusion_matrix(truth[:-1], mask[:-1]) + last
+        confusion += own
+        last_frames += last
+        frames += len(truth)
+        by_video.append((name.as_posix(), mean_iou(own)))
+
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(by_video) + len(missing)} labelled videos have no prediction, "
+            f"the first is {missing[0]}: run infer.py on them or give their folder as --pred"
+        )
+    if not by_video:
+        raise UserError(f"{data} holds no labelled video to score ({skipped} skipped)")
+    worst = sorted(by_video, key=lambda item: item[1])[:NUM_WORST]
+    return {
+        "frames": frames,
+        "videos": len(by_video),
+        "skipped": skipped,
+        **summarise(confusion),
+        "last_frame_miou": mean_iou(last_frames),
+        "worst_videos": [{"video": name, "miou": miou} for name, miou in worst],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """Lay out the dict that `score` returns for reading."""
+    lines = ["class                      IoU   true pixels"]
+    for name, iou in result["per_class"].items():
+        if iou is not None:
+            lines.append(f"{name:<24}{_figure(iou)}  {result['pixels'][name]:>12,}")
+    absent = sum(iou is None for iou in result["per_class"].values())
+    lines += [f"({absent} further classes occur in neither truth nor prediction)"] * bool(absent)
+    lines += ["", "accuracy on object pixels"]
+    for factor in ("shape", "material", "colour"):
+        by_name = result[f"{factor}_accuracy"].items()
+        lines.append(f"{factor:<9}" + "  ".join(f"{n} {_figure(v).strip()}" for n, v in by_name))
+    lines += ["", "worst videos"]
+    lines += [f"{_figure(item['miou'])}  {item['video']}" for item in result["worst_videos"]]
+    skipped = f", {result['skipped']} skipped for faulty labels" if result["skipped"] else ""
+    lines += [
+        "",
+        f"videos           {result['videos']} ({result['frames']} frames{skipped})",
+        f"mIoU             {_figure(result['miou']).strip()}",
+        f"foreground IoU   {_figure(result['foreground_iou']).strip()}",
+        f"last frame mIoU  {_figure(result['last_frame_miou']).strip()}",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.4f}"
+
+
+def main() -> None:
+    """Score the predictions, print the report and write the JSON file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pred", type=Path, required=True, help="folder that infer.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
+    parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    args = parser.parse_args()
+
+    for path in (args.pred, args.data):
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder")
+    result = score(args.pred, args.data)
+    result["command"] = shlex.join(["python", *sys.argv])
+    if args.json:
+        text = json.dumps(result, indent=1, allow_nan=False)
+        with atomic_write(args.json) as file:
+            file.write(f"{text}\n".encode())
+    print(report(result))
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

@@ -1,0 +1,194 @@
+"""The network: a UNet whose 49 logits are put together from object, shape, material and colour.
+
+The default is small and made for speed: it folds the frame to half resolution, works with
+residual blocks and additive skips, and decides what an object is on coarse grids before it draws
+the edge. `UNet(**CLASSIC)` is the conventional UNet of Ronneberger et al. 2015
+(https://arxiv.org/abs/1505.04597) with batch normalisation and 64..1024 channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dataset import COLOURS, MATERIALS, NUM_CLASSES, SHAPES
+
+FACTOR_SIZES = (1, len(SHAPES), len(MATERIALS), len(COLOURS))  # object, shape, material, colour
+CLASSIC = {
+    "widths": (64, 128, 256, 512, 1024),
+    "stem_stride": 1,
+    "residual": False,
+    "factored": False,
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch normalisation; `residual` adds the input to the output."""
+
+    def __init__(self, in_channels: int, out_channels: int, residual: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = None
+        if residual:
+            same = in_channels == out_channels
+            self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return F.relu(y if self.shortcut is None else y + self.shortcut(x))
+
+
+class UNet(nn.Module):
+    """Encoder, decoder and skip connections; logits of every class for every pixel.
+
+    Args:
+        in_channels: Channels of a frame.
+        num_classes: Channels of the output; 49 where `factored`.
+        widths: Channels of each stage, finest first; each stage halves the resolution.
+        blocks: Blocks in each encoder stage (one number for all, or one per stage).
+        stem_stride: 2 folds 2x2 pixels into channels before the first stage (and unfolds the
+            logits), so that no convolution runs at full resolution; 1 does not.
+        residual: Residual blocks, additive skips and an input channel of local contrast, with
+            logits at every stage of the decoder added into the output; else the classic design.
+        factored: The 49 logits are sums of one logit for "object" and those of its shape,
+            material and colour; else 49 independent channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = NUM_CLASSES,
+        widths: Sequence[int] = (32, 64, 128, 192),
+        blocks: int | Sequence[int] = 1,
+        stem_stride: int = 2,
+        residual: bool = True,
+        factored: bool = True,
+    ):
+        super().__init__()
+        widths = tuple(widths)
+        blocks = (blocks,) * len(widths) if isinstance(blocks, int) else tuple(blocks)
+        if factored and num_classes != NUM_CLASSES:
+            raise ValueError(f"factored logits are for {NUM_CLASSES} classes, not {num_classes}")
+        if len(blocks) != len(widths):
+            raise ValueError(f"{len(widths)} widths need as many numbers of blocks: {blocks}")
+        self.config = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "widths": list(widths),
+            "blocks": list(blocks),
+            "stem_stride": stem_stride,
+            "residual": residual,
+            "factored": factored,
+        }
+        self.residual, self.factored, self.num_classes = residual, factored, num_classes
+        self.multiple = stem_stride * 2 ** (len(widths) - 1)
+        outputs = sum(FACTOR_SIZES) if factored else num_classes
+
+        self.fold = nn.PixelUnshuffle(stem_stride)
+        self.unfold = nn.PixelShuffle(stem_stride)
+        folded = (in_channels + residual) * stem_stride**2
+        self.encoder = nn.ModuleList()
+        for before, width, number in zip((folded, *widths), widths, blocks, strict=False):
+            stage = [Block(before, width, residual)]
+            stage += [Block(width, width, residual) for _ in range(number - 1)]
+            self.encoder.append(nn.Sequential(*stage))
+        self.up = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True):
+            self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+            self.decoder.append(Block(fine if residual else 2 * fine, fine, residual))
+            last = len(self.up) == len(widths) - 1
+            if last:
+                self.heads.append(nn.Conv2d(fine, outputs * stem_stride**2, 1))
+            elif residual:
+                self.heads.append(nn.Conv2d(fine, outputs, 1))
+
+    def stages(self, frames: Tensor) -> list[Tensor]:
+        """Return the logits of every decoder stage that has some, coarsest first.
+
+        Args:
+            frames: (B, in_channels, H, W), uint8 or float in [0, 1].
+
+        Returns:
+            Tensors (B, K, H/s, W/s) for strides s down to 1, K = 14 factors (object, 3 shapes,
+            2 materials, 8 colours) or `num_classes`; the last is (B, K, H, W).
+        """
+        height, width = frames.shape[-2:]
+        x = self._prepare(frames)  # (B, 4, H', W'), both multiples of self.multiple
+        x = self.fold(x)  # (B, 4s^2, H'/s, W'/s) for stem stride s
+        skips = []
+        for i, stage in enumerate(self.encoder):
+            x = stage(F.max_pool2d(x, 2) if i else x)  # (B, widths[i], H'/s/2^i, W'/s/2^i)
+            skips.append(x)
+        skips.pop()
+        outputs: list[Tensor] = []
+        for i, (up, stage) in enumerate(zip(self.up, self.decoder, strict=True)):
+            skip = skips.pop()
+            x = up(x)  # (B, C/2, 2h, 2w)
+            x = stage(x + skip if self.residual else torch.cat((skip, x), dim=1))
+            if self.residual or i == len(self.up) - 1:
+                logits = self.heads[i if self.residual else 0](x)
+                if i == len(self.up) - 1:
+                    logits = self.unfold(logits)  # (B, K, H', W')
+                if outputs:
+                    logits = logits + F.interpolate(
+                        outputs[-1], size=logits.shape[-2:], mode="bilinear"
+                    )
+                outputs.append(logits)
+        outputs[-1] = outputs[-1][..., :height, :width]
+        return outputs
+
+    def forward(self, frames: Tensor, stages: bool = False) -> Tensor | list[Tensor]:
+        """Return logits (B, num_classes, H, W) of frames (B, C, H, W), uint8 or float in [0, 1].
+
+        With `stages`, return what `stages` does: what a loss works on (DistributedDataParallel
+        only sees calls of `forward`).
+
+        Where the logits are factored, background has logit 0 and a class the logit of "object"
+        less what each of its factors falls short of the best: the largest of the 49 is an object's
+        exactly where "object" is likelier than not.
+        """
+        outputs = self.stages(frames)
+        if stages:
+            return outputs
+        logits = outputs[-1]
+        if not self.factored:
+            return logits
+        thing, *factors = logits.split(FACTOR_SIZES, dim=1)
+        shape, material, colour = (f - f.amax(dim=1, keepdim=True) for f in factors)
+        classes = thing[:, :, None, None] + shape[:, :, None, None]  # (B, 3, 1, 1, H, W)
+        classes = classes + material[:, None, :, None] + colour[:, None, None]
+        return torch.cat((torch.zeros_like(thing), classes.flatten(1, 3)), dim=1)
+
+    @torch.inference_mode()
+    def predict(self, frames: Tensor) -> Tensor:
+        """Return labels (B, H, W) uint8: the argmax over `forward`, without its 49 channels."""
+        return self.labels(self.stages(frames)[-1])
+
+    def labels(self, logits: Tensor) -> Tensor:
+        """Return labels (B, H, W) uint8 of the last of `stages`, (B, K, H, W)."""
+        if not self.factored:
+            return logits.argmax(dim=1).to(torch.uint8)
+        thing, shape, material, colour = logits.split(FACTOR_SIZES, dim=1)
+        label = 16 * shape.argmax(dim=1) + 8 * material.argmax(dim=1) + colour.argmax(dim=1)
+        return torch.where(thing[:, 0] > 0, label + 1, 0).to(torch.uint8)
+
+    def _prepare(self, frames: Tensor) -> Tensor:
+        """Scale frames to about [-1, 1], add local contrast, pad to a multiple the stages need."""
+        x = frames if frames.is_floating_point() else frames / 255
+        if self.residual:
+            grey = x.mean(dim=1, keepdim=True)
+            blurred = F.avg_pool2d(grey, 9, stride=1, padding=4, count_include_pad=False)
+            x = torch.cat((4 * (x - 0.45), 8 * (grey - blurred)), dim=1)
+        height, width = x.shape[-2:]
+        pad = (-width % self.multiple, -height % self.multiple)
+        if any(pad):
+            x = F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate")
+        return x.contiguous(memory_format=torch.channels_last)

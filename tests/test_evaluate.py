@@ -1,0 +1,209 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchmetrics.classification import MulticlassJaccardIndex
+
+import evaluate
+from dataset import CLASS_NAMES, DataError, class_id
+from utils import run_script
+
+GRAY_METAL_CUBE = class_id("cube", "metal", "gray")
+RED_METAL_CUBE = class_id("cube", "metal", "red")
+RED_RUBBER_SPHERE = class_id("sphere", "rubber", "red")
+
+
+def write_video(folder, mask=None, frames=None):
+    """Write a video of black frames with the given labels."""
+    folder.mkdir(parents=True)
+    if mask is not None:
+        np.save(folder / "mask.npy", mask)
+    for t in range(len(mask) if frames is None else frames):
+        Image.new("RGB", (6, 4)).save(folder / f"image_{t}.png")
+
+
+def write_mask(folder, mask):
+    folder.mkdir(parents=True)
+    np.save(folder / "mask.npy", mask)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run evaluate.py with arguments; return its exit status, stdout and stderr."""
+
+    def run_with(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(evaluate.main, DataError)
+        return end.value.code, *capsys.readouterr()
+
+    return run_with
+
+
+@pytest.fixture
+def labels():
+    return np.random.default_rng(0).integers(0, 49, (3, 4, 6), dtype=np.uint8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), classes=st.lists(st.integers(0, 48), min_size=1))
+def test_miou_is_that_of_torchmetrics(seed, classes):
+    rng = np.random.default_rng(seed)
+    truth, pred = torch.from_numpy(rng.choice(classes, (2, 3, 8, 9)))  # most classes are absent
+    pred[torch.from_numpy(rng.random(pred.shape) < 0.5)] = 7  # may be predicted only
+    oracle = MulticlassJaccardIndex(num_classes=49, average="macro")(pred, truth)
+    ours = evaluate.mean_iou(evaluate.confusion_matrix(truth, pred))
+    assert ours == pytest.approx(oracle.item(), abs=1e-6)
+
+
+def test_confusion_matrix_by_hand():
+    truth = torch.tensor([[0, 0], [5, 48]], dtype=torch.uint8)
+    pred = torch.tensor([[0, 5], [5, 0]], dtype=torch.uint8)
+    confusion = evaluate.confusion_matrix(truth, pred)
+    assert confusion.dtype == torch.int64
+    assert confusion.nonzero().tolist() == [[0, 0], [0, 5], [5, 5], [48, 0]]
+    result = evaluate.summarise(confusion)
+    assert result["miou"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)
+    assert result["foreground_iou"] == pytest.approx(1 / 3)
+    assert result["per_class"]["background"] == pytest.approx(1 / 3)
+    assert result["per_class"][CLASS_NAMES[5]] == pytest.approx(1 / 2)
+    assert result["per_class"][CLASS_NAMES[48]] == 0
+    assert result["per_class"][CLASS_NAMES[6]] is None
+    assert result["pixels"]["background"] == 2
+
+
+def test_accuracy_by_factor_by_hand():
+    truth = torch.tensor([GRAY_METAL_CUBE] * 4 + [RED_RUBBER_SPHERE] * 2 + [0] * 3)
+    pred = torch.tensor(
+        [GRAY_METAL_CUBE, RED_METAL_CUBE, RED_RUBBER_SPHERE, 0]  # of the cube
+        + [RED_METAL_CUBE, RED_RUBBER_SPHERE]  # of the sphere
+        + [GRAY_METAL_CUBE, 0, 0]  # of the background, which counts in none
+    )
+    result = evaluate.summarise(evaluate.confusion_matrix(truth, pred))
+    shape, material, colour = (
+        result[f"{factor}_accuracy"] for factor in ("shape", "material", "colour")
+    )
+    assert shape == {"all": 3 / 6, "cube": 2 / 4, "sphere": 1 / 2, "cylinder": None}
+    assert material == {"all": 3 / 6, "metal": 2 / 4, "rubber": 1 / 2}
+    assert {name: value for name, value in colour.items() if value is not None} == {
+        "all": 3 / 6,
+        "gray": 1 / 4,
+        "red": 2 / 2,
+    }
+
+
+def test_nothing_to_count_gives_no_figure():
+    result = evaluate.summarise(torch.zeros(49, 49, dtype=torch.int64))
+    assert result["miou"] is result["foreground_iou"] is result["shape_accuracy"]["all"] is None
+
+
+def test_truth_against_itself_and_json(run, tmp_path, labels):
+    write_video(tmp_path / "data/a/video_2", labels)
+    write_video(tmp_path / "data/a/video_10", labels[:1])  # one frame, which is also its last
+    write_video(tmp_path / "data/b/video_3", None, frames=2)  # not labelled: not scored
+    status, out, _ = run(
+        "--pred", tmp_path / "data", "--data", tmp_path / "data", "--json", tmp_path / "x/s.json"
+    )
+    assert status == 0
+    assert "mIoU             1.0000" in out
+    result = json.loads((tmp_path / "x/s.json").read_text())
+    assert result["miou"] == result["foreground_iou"] == result["last_frame_miou"] == 1
+    assert (result["frames"], result["videos"], result["skipped"]) == (4, 2, 0)
+    assert list(result["per_class"]) == list(CLASS_NAMES)
+    assert result["shape_accuracy"]["all"] == result["colour_accuracy"]["red"] == 1
+    assert result["worst_videos"][0] == {"video": "a/video_2", "miou": 1}
+    assert result["command"].startswith("python evaluate.py --pred ")
+
+
+def test_counts_all_videos_and_last_frames_apart(run, tmp_path, labels):
+    good, bad = labels.copy(), labels.copy()
+    bad[-1] = 0  # one video has nothing in its last frame
+    write_video(tmp_path / "data/video_1", labels)
+    write_video(tmp_path / "data/video_2", labels)
+    write_mask(tmp_path / "pred/video_1", good.astype(np.int64))
+    write_mask(tmp_path / "pred/video_2", bad)
+    status, _, _ = run(
+        "--pred", tmp_path / "pred", "--data", tmp_path / "data", "--json", tmp_path / "s.json"
+    )
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert status == 0
+
+    def oracle(truth, pred):
+        metric = MulticlassJaccardIndex(num_classes=49, average="macro")
+        return pytest.approx(metric(*map(torch.from_numpy, (pred, truth))).item(), abs=1e-6)
+
+    assert result["miou"] == oracle(np.stack([labels, labels]), np.stack([good, bad]))
+    assert result["last_frame_miou"] == oracle(
+        np.stack([labels[-1], labels[-1]]), np.stack([good[-1], bad[-1]])
+    )
+    worst = result["worst_videos"]
+    assert [item["video"] for item in worst] == ["video_2", "video_1"]
+    assert worst[0]["miou"] == oracle(labels, bad)
+
+
+def test_a_single_video_can_be_scored(run, tmp_path, labels):
+    write_video(tmp_path / "video_1", labels)
+    write_mask(tmp_path / "pred", labels)
+    assert run("--pred", tmp_path / "pred", "--data", tmp_path / "video_1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda path, mask: path.unlink(), "1 of 2 labelled videos have no prediction"),
+        (lambda path, mask: np.save(path, mask[:-1]), "(2, 4, 6)"),
+        (lambda path, mask: np.save(path, mask.transpose(0, 2, 1)), "(3, 6, 4)"),
+        (lambda path, mask: np.save(path, mask.astype(np.float32)), "float32"),
+        (lambda path, mask: np.save(path, mask + np.uint8(1)), "49"),
+        (lambda path, mask: np.save(path, mask.astype(np.int8) - 1), "-1"),
+        (lambda path, mask: path.write_bytes(path.read_bytes()[:-1]), "unreadable"),
+        (lambda path, mask: path.write_bytes(b""), "unreadable"),
+        (lambda path, mask: np.save(path, np.array({"not": "a mask"})), "unreadable"),
+    ],
+)
+def test_a_faulty_prediction_is_named(run, tmp_path, labels, break_it, reason):
+    for name in ("video_1", "video_2"):
+        labels[0, 0, :2] = (0, 48)
+        write_video(tmp_path / "data" / name, labels)
+        write_mask(tmp_path / "pred" / name, labels)
+    path = tmp_path / "pred/video_2/mask.npy"
+    break_it(path, labels)
+    output = tmp_path / "score.json"
+    status, out, err = run(
+        "--pred", tmp_path / "pred", "--data", tmp_path / "data", "--json", output
+    )
+    assert (status, out) == (2, "")
+    assert str(path) in err
+    assert reason in err
+    assert err.count("\n") == 1
+    assert not output.exists()
+
+
+def test_faulty_truth_is_named_and_left_out(run, tmp_path, labels):
+    write_video(tmp_path / "data/video_1", labels)
+    write_video(tmp_path / "data/video_2", labels, frames=4)
+    write_video(tmp_path / "data/video_3", np.full_like(labels, 49))
+    arguments = "--pred", tmp_path / "data", "--data", tmp_path / "data", "--json", tmp_path / "s"
+    status, _, err = run(*arguments)
+    result = json.loads((tmp_path / "s").read_text())
+    assert status == 0
+    assert (result["videos"], result["skipped"], result["miou"]) == (1, 2, 1)
+    assert "video_2" in err
+    assert "video_3" in err
+
+    (tmp_path / "data/video_1/mask.npy").unlink()
+    assert run(*arguments)[0] == 2  # nothing is left to score
+
+
+@pytest.mark.parametrize("missing", ["pred", "data"])
+def test_a_missing_folder_is_named(run, tmp_path, labels, missing):
+    write_video(tmp_path / "there", labels)
+    folders = {"pred": tmp_path / "there", "data": tmp_path / "there", missing: tmp_path / "absent"}
+    status, _, err = run("--pred", folders["pred"], "--data", folders["data"])
+    assert status == 2
+    assert str(tmp_path / "absent") in err

@@ -1,0 +1,278 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer
+from dataset import DataError
+from model import UNet
+from utils import run_script, save_checkpoint
+
+SCRIPT = Path(infer.__file__)
+
+
+def write_video(folder, frames, size=(32, 48), seed=0):
+    """Write frames that no network takes for one another."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for t in range(frames):
+        blocks = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+        blocks.resize(size[::-1], Image.Resampling.NEAREST).save(folder / f"image_{t}.png")
+
+
+def random_network(**config):
+    """Return a network that finds objects of many classes in the frames of `write_video`."""
+    torch.manual_seed(0)
+    network = UNet(**config).eval()
+    for head in network.heads:
+        torch.nn.init.normal_(head.weight, std=0.5)
+        torch.nn.init.normal_(head.bias, std=0.5)
+    return network
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny layers gain nothing from threads, which stall where other programs run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_network(widths=(8, 16))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three videos of 22, 11 and 3 frames."""
+    write_video(tmp_path / "data/a/video_2", 22, seed=1)
+    write_video(tmp_path / "data/a/video_10", 11, seed=2)
+    write_video(tmp_path / "data/b/video_00001", 3, seed=3)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def ckpt(tmp_path, network, data):
+    save_checkpoint(
+        tmp_path / "net.pt",
+        {"model": network.state_dict(), "model_config": network.config, "data": str(data)},
+    )
+    return tmp_path / "net.pt"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run infer.py in this process; return its exit status, stdout and stderr."""
+
+    def run_with(*arguments):
+        argv = ["infer.py", "--device", "cpu", "--workers", "0", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as end:
+            run_script(infer.main, DataError)
+        return end.value.code, *capsys.readouterr()
+
+    return run_with
+
+
+def masks_below(folder):
+    """Return every file below a folder as an array, by its relative path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): np.load(path) for path in files}
+
+
+def assert_labels_of(mask, video, network):
+    """Check that each mask is what the network finds in its frame, read by other means.
+
+    Rounding differs between batch sizes and in bfloat16, which may turn a few pixels; the masks of
+    two frames have half of their pixels in common.
+    """
+    count = len(list(video.iterdir()))
+    pictures = [np.asarray(Image.open(video / f"image_{t}.png")) for t in range(count)]
+    frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    expected = network.predict(frames).numpy()
+    assert mask.dtype == np.uint8
+    assert mask.shape == expected.shape
+    assert (mask == expected).mean(axis=(1, 2)).min() > 0.95
+
+
+def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network):
+    write_video(data / "c/other", 2, size=(33, 47))  # a size of its own, no multiple of anything
+    (data / "a/video_2/mask.npy").write_bytes(b"labels are not even read")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--ckpt", ckpt, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "4 videos, 38 frames in " in done.stdout.splitlines()[-1]
+    (data / "a/video_2/mask.npy").unlink()
+    found = masks_below(tmp_path / "out")
+    videos = "a/video_2", "a/video_10", "b/video_00001", "c/other"
+    assert set(found) == {f"{video}/mask.npy" for video in videos}
+    for video in videos:
+        assert_labels_of(found[f"{video}/mask.npy"], data / video, network)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 22, 64])
+def test_batch_size_never_mixes_frames(run, tmp_path, data, ckpt, network, batch_size):
+    write_video(data / "a/video_5", 2, size=(24, 16), seed=4)  # between the others
+    status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", "--batch-size", batch_size)
+    assert (status, err) == (0, "")
+    found = masks_below(tmp_path / "out")
+    assert len(found) == 4
+    for name, mask in found.items():
+        assert_labels_of(mask, (data / name).parent, network)
+
+
+def test_a_single_video(run, tmp_path, data, ckpt, network):
+    video = data / "b/video_00001"
+    assert run("--ckpt", ckpt, "--out", tmp_path / "out", "--data", video)[0] == 0
+    assert_labels_of(np.load(tmp_path / "out/mask.npy"), video, network)
+
+
+def test_bare_and_half_precision_state_dict(run, tmp_path, data):
+    network = random_network().half().float()
+    torch.save(network.half().state_dict(), tmp_path / "bare.pt")
+    arguments = "--ckpt", tmp_path / "bare.pt", "--out", tmp_path / "out"
+    status, _, err = run(*arguments)
+    assert status == 2  # it does not say what it was trained on
+    assert "--data" in err
+    assert run(*arguments, "--data", data / "b")[0] == 0
+    mask = np.load(tmp_path / "out/video_00001/mask.npy")
+    assert_labels_of(mask, data / "b/video_00001", network.float())
+
+
+def test_faulty_videos_are_named_and_the_others_done(run, tmp_path, data, ckpt, network):
+    for number, name in enumerate(("video_3", "video_4", "video_5", "video_6")):
+        write_video(data / "a" / name, 4, seed=number)
+    (data / "a/video_3/image_2.png").write_bytes(b"not a PNG")
+    (data / "a/video_4/image_1.png").unlink()
+    Image.new("RGB", (8, 8)).save(data / "a/video_5/image_3.png")
+    whole = (data / "a/video_6/image_0.png").read_bytes()
+    (data / "a/video_6/image_0.png").write_bytes(whole[: len(whole) // 2])
+    status, out, err = run("--ckpt", ckpt, "--out", tmp_path / "out")
+    assert status == 1
+    assert "3 videos, 36 frames" in out
+    assert "4 videos skipped" in err
+    for named in (
+        "video_3/image_2.png",
+        "video_4: image_1.png is missing",
+        "video_5: its frames are of different sizes, 48 x 32 and 8 x 8",
+        "video_6/image_0.png",
+    ):
+        assert named in err
+    found = masks_below(tmp_path / "out")
+    assert set(found) == {f"{v}/mask.npy" for v in ("a/video_2", "a/video_10", "b/video_00001")}
+    for name, mask in found.items():
+        assert_labels_of(mask, (data / name).parent, network)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", "other network", "no network"])
+def test_a_faulty_checkpoint_is_named(run, tmp_path, data, content):
+    path = tmp_path / "net.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "other network":
+        weights = UNet(widths=(8, 16)).state_dict()
+        torch.save({"model": weights, "model_config": {"widths": [8, 24]}}, path)
+    elif content == "no network":
+        torch.save({"model": {}, "model_config": {"colour": "red"}}, path)
+    status, _, err = run("--ckpt", path, "--out", tmp_path / "out", "--data", data)
+    assert status == 2
+    assert str(path) in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_label(run, tmp_path, ckpt):
+    (tmp_path / "empty").mkdir()
+    for data in (tmp_path / "empty", tmp_path / "absent"):
+        status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", "--data", data)
+        assert status == 2
+        assert str(data) in err
+
+
+@pytest.mark.parametrize("out", ["data", "link", "data/a", "data/../data"])
+def test_labels_are_never_written_over(run, tmp_path, data, ckpt, out):
+    labels = data / "a/video_2/mask.npy"
+    labels.write_bytes(b"labels")
+    (tmp_path / "link").symlink_to(data)
+    root = data / "a" if out == "data/a" else data
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = run("--ckpt", ckpt, "--data", root, "--out", tmp_path / out)
+    assert status == 2
+    assert "--out" in err
+    assert labels.read_bytes() == b"labels"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_labels_of_another_split_are_never_written_over(run, tmp_path, data, ckpt):
+    shutil.copytree(data / "a", tmp_path / "val")  # videos of the same names
+    (tmp_path / "val/video_2/mask.npy").write_bytes(b"labels")
+    assert run("--ckpt", ckpt, "--data", data / "a", "--out", tmp_path / "val")[0] == 2
+    assert (tmp_path / "val/video_2/mask.npy").read_bytes() == b"labels"
+
+
+def test_a_mask_that_cannot_be_written_is_named(run, tmp_path, ckpt):
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/video_2").write_text("a file where a folder must go")
+    status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out")
+    assert status == 2
+    assert "out/a/video_2/mask.npy cannot be written" in err
+
+
+def test_a_second_run_writes_anew_and_resume_does_not(run, tmp_path, data, ckpt):
+    assert run("--ckpt", ckpt, "--out", tmp_path / "out")[0] == 0
+    mask = tmp_path / "out/a/video_2/mask.npy"
+    expected = mask.read_bytes()
+    own = np.zeros((22, 32, 48), dtype=np.uint8)
+    np.save(mask, own)
+    status, out, _ = run("--ckpt", ckpt, "--out", tmp_path / "out", "--resume")
+    assert status == 0
+    assert "3 of 3 videos have their masks already" in out
+    assert not np.load(mask).any()
+    assert run("--ckpt", ckpt, "--out", tmp_path / "out")[0] == 0
+    assert mask.read_bytes() == expected
+
+
+def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):
+    data, out = tmp_path / "many", tmp_path / "out"
+    write_video(data / "video_0", 22)
+    for number in range(1, 30):
+        shutil.copytree(data / "video_0", data / f"video_{number}")
+    arguments = ["--ckpt", ckpt, "--data", data, "--batch-size", "2"]
+    command = [sys.executable, SCRIPT, *arguments, "--out", out, "--device", "cpu"]
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*/mask.npy"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    killed = {path: np.load(path) for path in out.glob("*/mask.npy")}
+    assert 3 <= len(killed) < 30
+    assert {mask.shape for mask in killed.values()} == {(22, 32, 48)}
+    (out / "video_29").mkdir(exist_ok=True)
+    (out / "video_29/.mask.npy.0123.tmp").write_bytes(b"what a killed run may leave")
+    assert run(*arguments, "--out", out, "--resume")[0] == 0
+    assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
+    resumed, whole = masks_below(out), masks_below(tmp_path / "whole")
+    assert len(resumed) == 30
+    assert resumed.keys() == whole.keys()
+    for name, mask in resumed.items():
+        np.testing.assert_array_equal(mask, whole[name])

@@ -1,0 +1,109 @@
+"""What the network promises: shapes, labels that are the argmax, and the classic configuration."""
+
+import pytest
+import torch
+
+from dataset import NUM_CLASSES, class_id
+from model import CLASSIC, UNet
+
+SMALL = {"widths": (8, 12, 16)}
+CONFIGS = {
+    "default": SMALL,
+    "full resolution stem": {**SMALL, "stem_stride": 1},
+    "coarse stem": {**SMALL, "stem_stride": 4},
+    "classic": {**CLASSIC, "widths": (4, 8, 16)},
+    "factored classic": {**CLASSIC, "widths": (4, 8, 16), "factored": True},
+    "residual, 49 channels": {**SMALL, "factored": False},
+}
+
+
+def network(name: str) -> UNet:
+    torch.manual_seed(0)
+    model = UNet(**CONFIGS[name])
+    model.train()
+    for _ in range(50):  # the batch statistics of an untrained network say nothing
+        model(torch.rand(4, 3, 32, 32))
+    for head in model.heads:
+        torch.nn.init.normal_(head.weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [(160, 240), (37, 53), (16, 16), (5, 90)])
+def test_logits_have_the_height_and_width_of_the_frame(name, size):
+    frames = torch.rand(2, 3, *size)
+    with torch.inference_mode():
+        logits = network(name)(frames)
+    assert logits.shape == (2, NUM_CLASSES, *size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_predict_is_the_argmax_over_the_logits(name):
+    model = network(name)
+    frames = torch.rand(3, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(frames).argmax(dim=1)
+    labels = model.predict(frames)
+    assert labels.dtype == torch.uint8
+    assert len(labels.unique()) > 2, "one label everywhere would prove nothing"
+    assert torch.equal(labels.long(), expected)
+
+
+def test_factored_logits_by_hand():
+    model = network("default")
+    outputs = torch.full((1, 14, 1, 3), -1.0)
+    thing, shape, material, colour = 0, slice(1, 4), slice(4, 6), slice(6, 14)
+    outputs[0, thing, 0] = torch.tensor([2.0, -3.0, 0.5])
+    outputs[0, shape, 0, 0] = torch.tensor([1.0, 5.0, 2.0])  # sphere
+    outputs[0, material, 0, 0] = torch.tensor([0.0, 0.5])  # rubber
+    outputs[0, colour, 0, 0] = torch.tensor([0.0, 0, 0, 0, 3, 0, 0, 1])  # brown
+    model.stages = lambda frames: [outputs]
+    logits = model(torch.zeros(1, 3, 1, 3))[0, :, 0]
+    assert logits[0].tolist() == [0, 0, 0]  # background
+    assert logits[class_id("sphere", "rubber", "brown"), 0] == 2.0
+    assert logits[class_id("cylinder", "rubber", "brown"), 0] == 2.0 - 3.0
+    assert logits[class_id("cube", "metal", "yellow"), 0] == 2.0 - 4.0 - 0.5 - 2.0
+    assert model.labels(outputs)[0, 0].tolist() == [class_id("sphere", "rubber", "brown"), 0, 1]
+
+
+def test_bytes_and_floats_are_the_same_frame():
+    frames = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
+    model = network("default")
+    with torch.inference_mode():
+        assert torch.equal(model(frames), model(frames / 255))
+
+
+def test_a_frame_does_not_depend_on_its_batch():
+    model = network("default")
+    frames = torch.rand(5, 3, 48, 64)
+    alone = torch.cat([model.predict(frame[None]) for frame in frames])
+    assert torch.equal(model.predict(frames), alone)
+
+
+def test_the_classic_network_is_ronneberger_s():
+    parameters = sum(p.numel() for p in UNet(**CLASSIC).parameters())
+    assert parameters == pytest.approx(31.0e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_rebuilds_the_model(name):
+    model = network(name)
+    twin = UNet(**model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    frames = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model.predict(frames), twin.predict(frames))
+
+
+def test_every_weight_learns():
+    model = network("default").train()
+    sum(stage.square().mean() for stage in model(torch.rand(2, 3, 64, 64), stages=True)).backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+def test_impossible_configurations_are_refused():
+    with pytest.raises(ValueError, match="49"):
+        UNet(num_classes=10)
+    with pytest.raises(ValueError, match="widths"):
+        UNet(widths=(8, 16), blocks=(1, 2, 3))

@@ -1,0 +1,457 @@
+"""Train the UNet on labelled CLEVR videos, or on rendered ones if you have none.
+
+    python train.py                                        # renders data/demo first
+    python train.py --data path --num-epochs 10            # your own videos
+    python train.py --data path --resume                   # go on after an interruption
+    python train.py --data path --init weights/clevr_unet.pt --learning-rate 5e-4   # fine-tune
+    torchrun --nproc-per-node=8 train.py --data path       # eight GPUs
+
+`path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
+Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
+every epoch, Unet_checkpoint_best.pt by validation mIoU, log.csv and TensorBoard events to --out.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Muon, Optimizer
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.tv_tensors import Image, Mask
+from tqdm import tqdm
+
+from dataset import CLEVRDataset, DataError, augmentation, find_videos
+from evaluate import confusion_matrix, summarise
+from model import CLASSIC, FACTOR_SIZES, UNet
+from render import render_dataset
+from utils import (
+    Processes,
+    UserError,
+    choose_device,
+    load_checkpoint,
+    load_model,
+    log_header,
+    mixed_precision,
+    run_script,
+    save_checkpoint,
+    seed_everything,
+)
+
+DEMO_DATA = Path("data/demo")
+DEMO_VIDEOS = 60
+CHECKPOINT_EVERY = 5  # epochs
+CROPS_PER_FRAME = 4  # of 96 x 96 pixels, about as many pixels as the frame itself
+AVERAGE_DECAY = 0.995  # of the running mean of the weights, a step
+WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
+LOG_FIELDS = ("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
+    add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
+    add("--num-epochs", type=int, default=16, help="passes over the data (default %(default)s)")
+    add("--batch-size", type=int, default=8, help="frames a step (default %(default)s)")
+    add("--learning-rate", type=float, default=4e-3, help="highest (default %(default)s)")
+    add("--init", type=Path, help="start from the weights of this checkpoint")
+    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
+    add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
+    add("--workers", type=int, default=0, help="processes that read frames (default %(default)s)")
+    add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--widths", type=int, nargs="+", help="channels of each stage of the UNet")
+    size.add_argument("--classic", action="store_true", help="conventional UNet of 64..1024")
+    args = parser.parse_args()
+    for name in ("num_epochs", "batch_size", "learning_rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if args.workers < 0:
+        parser.error("--workers must be 0 or more")
+    return args
+
+
+def split_videos(path: Path, seed: int) -> tuple[list[Path], list[Path]]:
+    """Return the training and the validation videos, never parts of one video in both.
+
+    Raises:
+        DataError: fewer than two labelled videos.
+    """
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        return tuple(
+            [v for v in find_videos(path / part) if (v / "mask.npy").exists()]
+            for part in ("train", "val")
+        )
+    videos = [video for video in find_videos(path) if (video / "mask.npy").exists()]
+    if len(videos) < 2:
+        raise DataError(
+            f"{path} has {len(videos)} labelled video(s): give at least two, "
+            "one to learn from and one to validate on"
+        )
+    chosen = set(random.Random(seed).sample(range(len(videos)), max(1, len(videos) // 10)))
+    return (
+        [video for i, video in enumerate(videos) if i not in chosen],
+        [video for i, video in enumerate(videos) if i in chosen],
+    )
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Batches of frame numbers; each process gets its share of every batch.
+
+    Args:
+        frames: Number of frames.
+        batch_size: Frames of one batch, over all processes.
+        processes: Who takes part.
+        shuffle: Another order in each `epoch` (set it), and no incomplete last batch unless it is
+            the only one; else in order, every frame exactly once.
+    """
+
+    def __init__(self, frames: int, batch_size: int, processes: Processes, shuffle: bool, seed=0):
+        self.frames, self.batch_size, self.processes = frames, batch_size, processes
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return max(1, self.frames // self.batch_size)
+        return math.ceil(self.frames / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = range(self.frames)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+            order = torch.randperm(self.frames, generator=generator).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield batch[self.processes.rank :: self.processes.count]
+
+
+def loss_function(stages: list[Tensor], mask: Tensor) -> Tensor:
+    """Return the loss of the logits of every decoder stage.
+
+    Factored logits: is it an object (binary cross entropy over all pixels), and, on object pixels
+    alone, which shape, material and colour (a cross entropy each), so that the 95 % of background
+    do not drown what the objects are. Coarse stages, supervised at half weight, learn from the
+    pixel at the middle of each of their cells. Other logits: 49-way cross entropy.
+
+    Args:
+        stages: (B, K, H/s, W/s) logits, coarsest first; the last is (B, K, H, W).
+        mask: (B, H, W) int64 ids.
+    """
+    total = torch.zeros((), device=mask.device)
+    for logits in stages:
+        stride = mask.shape[-1] // logits.shape[-1]
+        target = mask[:, stride // 2 :: stride, stride // 2 :: stride]
+        logits = logits.float()
+        if logits.shape[1] == sum(FACTOR_SIZES):
+            loss = factored_loss(logits, target)
+        else:
+            loss = F.cross_entropy(logits, target)
+        total = total + loss * (1.0 if logits is stages[-1] or stride == 1 else 0.5)
+    return total
+
+
+def factored_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the loss of factored logits (B, 14, h, w) against ids (B, h, w)."""
+    thing, shape, material, colour = logits.permute(0, 2, 3, 1).split(FACTOR_SIZES, dim=-1)
+    inside = mask > 0
+    loss = 2 * F.binary_cross_entropy_with_logits(thing[..., 0], inside.float())
+    kind = mask[inside] - 1
+    if len(kind):
+        loss = loss + F.cross_entropy(shape[inside], kind // 16)
+        loss = loss + F.cross_entropy(material[inside], kind // 8 % 2)
+        loss = loss + F.cross_entropy(colour[inside], kind % 8)
+    return loss
+
+
+class MuonAdamW:
+    """Muon for the 3x3 convolutions, AdamW for the rest.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each
+    update of a matrix; here it sees the weights of a convolution as (out, in * 3 * 3).
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.02):
+        self.filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+        chosen = {id(p) for p in self.filters}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        self.matrices = [p.detach().flatten(1) for p in self.filters]  # share the weights' memory
+        self.parts: list[Optimizer] = [AdamW(rest, learning_rate, weight_decay=weight_decay)]
+        if self.filters:
+            settings = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.parts.append(Muon(self.matrices, learning_rate, **settings))
+
+    def step(self, learning_rate: float) -> None:
+        """Update the weights and clear the gradients."""
+        for matrix, weight in zip(self.matrices, self.filters, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+            part.zero_grad()
+        for weight in self.filters:
+            weight.grad = None
+
+    def state_dict(self) -> list[dict]:
+        """Return the state of both optimisers."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        """Restore what `state_dict` returned."""
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+def learning_rate_at(progress: float, highest: float) -> float:
+    """Return the learning rate at `progress` (0..1) of the run: rise, stay, fall to zero."""
+    return highest * min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
+    """Move the running mean of the weights, which is what is validated and kept, one step on."""
+    decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    average: UNet,
+    loader: DataLoader,
+    augment: Callable,
+    optimizer: MuonAdamW,
+    device: torch.device,
+    first_step: int,
+    total_steps: int,
+    highest_rate: float,
+) -> dict[str, float]:
+    """Train on every batch once.
+
+    Returns:
+        train_loss (mean), lr (the last), frames (seen by this process), waiting (share of the
+        time that went into waiting for data).
+    """
+    model.train()
+    losses, frames, waited = [], 0, 0.0
+    start = asked = time.perf_counter()
+    bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
+    for step, (images, masks) in enumerate(bar, first_step):
+        waited += time.perf_counter() - asked
+        images = images.to(device, non_blocking=True)
+        masks = masks.to(device, non_blocking=True)
+        crops, targets = augment(Image(images), Mask(masks))
+        with mixed_precision(device):
+            stages = model(crops, stages=True)
+        loss = loss_function(stages, targets.long())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=5.0)
+        rate = learning_rate_at(step / total_steps, highest_rate)
+        optimizer.step(rate)
+        update_average(average, model.module if hasattr(model, "module") else model, step)
+        losses.append(loss.detach())
+        frames += len(images)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        asked = time.perf_counter()
+    return {
+        "train_loss": torch.stack(losses).mean().item(),
+        "lr": rate,
+        "frames": frames,
+        "waiting": waited / (time.perf_counter() - start),
+    }
+
+
+@torch.inference_mode()
+def validate(
+    model: UNet, loader: DataLoader, device: torch.device, processes: Processes
+) -> dict[str, Any]:
+    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once."""
+    model.eval()
+    confusion = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, frames
+    for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
+        if not len(images):  # this process has no share of the last batch
+            continue
+        images, masks = images.to(device), masks.to(device)
+        with mixed_precision(device):
+            stages = model.stages(images)
+        total[0] += loss_function(stages, masks.long()) * len(images)
+        total[1] += len(images)
+        confusion += confusion_matrix(masks, model.labels(stages[-1]))
+    processes.add_up(confusion)
+    processes.add_up(total)
+    return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
+
+
+def open_log(path: Path, completed: int) -> csv.DictWriter:
+    """Open a CSV log, keeping its lines up to epoch `completed` of a run that goes on."""
+    kept = []
+    if completed and path.exists():
+        with path.open(newline="") as old:
+            kept = [row for row in csv.DictReader(old) if int(row["epoch"]) <= completed]
+    log = csv.DictWriter(path.open("w", newline="", buffering=1), LOG_FIELDS, extrasaction="ignore")
+    log.writeheader()
+    log.writerows(kept)
+    return log
+
+
+def build_model(args: argparse.Namespace) -> UNet:
+    """Return the network that the command line asks for, with the weights of --init if given."""
+    config = CLASSIC if args.classic else {"widths": args.widths} if args.widths else {}
+    if not args.init:
+        return UNet(**config)
+    model, _ = load_model(UNet, args.init)
+    if config and UNet(**config).config != model.config:
+        raise UserError(f"{args.init} is another network: leave out --widths and --classic")
+    return model
+
+
+def main() -> None:
+    """Prepare data, network and optimiser, then train, validate and save epoch by epoch."""
+    args = parse_args()
+    device = choose_device(args.device)
+    processes = Processes("nccl" if device.type == "cuda" else "gloo")
+    if processes.count > 1 and device.type == "cuda":
+        device = torch.device("cuda", processes.local_rank)
+    seed_everything(args.seed)
+    if processes.first:
+        print(log_header(device))
+        if args.data == DEMO_DATA:
+            render_dataset(DEMO_DATA, DEMO_VIDEOS)
+    processes.wait()
+
+    train_videos, val_videos = split_videos(args.data, args.seed)
+    training = CLEVRDataset(train_videos, cache=not args.no_cache)
+    validation = CLEVRDataset(val_videos, cache=not args.no_cache)
+    batches = ShardedBatches(len(training), args.batch_size, processes, True, args.seed)
+    val_batches = ShardedBatches(len(validation), 2 * args.batch_size, processes, False)
+    loading = {
+        "collate_fn": CLEVRDataset.collate,
+        "num_workers": args.workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": args.workers > 0,
+    }
+    loader = DataLoader(training, batch_sampler=batches, **loading)
+    val_loader = DataLoader(validation, batch_sampler=val_batches, **loading)
+    augment = augmentation(CROPS_PER_FRAME)
+
+    model = build_model(args).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = MuonAdamW(model, args.learning_rate)
+    completed, best = 0, -1.0
+    last = args.out / "Unet_checkpoint_last.pt"
+    if args.resume and last.exists():
+        completed, best = resume(last, model, average, optimizer)
+    parallel = DistributedDataParallel(model) if processes.count > 1 else model
+
+    total_steps = args.num_epochs * len(batches)
+    if processes.first:
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = open_log(args.out / "log.csv", completed)
+        board = SummaryWriter(args.out / "tensorboard", purge_step=completed + 1)
+        print(
+            f"{len(training)} training frames of {len(training.videos)} videos, "
+            f"{len(validation)} validation frames of {len(validation.videos)} videos, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+        )
+        if completed:
+            print(f"going on after epoch {completed}")
+        if completed >= args.num_epochs:
+            print(f"nothing left to do: {completed} of {args.num_epochs} epochs are done")
+
+    for epoch in range(completed + 1, args.num_epochs + 1):
+        torch.manual_seed(1_000_003 * args.seed + epoch * processes.count + processes.rank)
+        batches.epoch = epoch
+        start = time.perf_counter()
+        figures = train_one_epoch(
+            parallel,
+            average,
+            loader,
+            augment,
+            optimizer,
+            device,
+            first_step=(epoch - 1) * len(batches),
+            total_steps=total_steps,
+            highest_rate=args.learning_rate,
+        )
+        figures["frames_per_s"] = len(batches) * args.batch_size / (time.perf_counter() - start)
+        processes.copy_first(average)
+        figures |= {"epoch": epoch, **validate(average, val_loader, device, processes)}
+        if not math.isfinite(figures["train_loss"]):
+            raise UserError(f"the loss is no longer finite in epoch {epoch}: lower --learning-rate")
+        if processes.first:
+            report(figures, log, board)
+            improved = figures["miou"] > best
+            best = max(best, figures["miou"])
+            checkpoint = {
+                "model": average.state_dict(),
+                "model_config": model.config,
+                "data": str(args.data.resolve()),
+                "epoch": epoch,
+                "seed": args.seed,
+                "miou": figures["miou"],
+            }
+            if epoch % CHECKPOINT_EVERY == 0 or epoch == args.num_epochs:
+                save_checkpoint(args.out / f"Unet_checkpoint_epoch_{epoch}.pt", checkpoint)
+            if improved:
+                save_checkpoint(args.out / "Unet_checkpoint_best.pt", checkpoint)
+            checkpoint["training"] = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "best_miou": best,
+            }
+            save_checkpoint(last, checkpoint)
+
+
+def report(figures: dict[str, Any], log: csv.DictWriter, board: SummaryWriter) -> None:
+    """Print one epoch's figures, and add them to the CSV and the TensorBoard log."""
+    log.writerow({name: figures[name] for name in LOG_FIELDS})
+    for name in LOG_FIELDS[1:]:
+        board.add_scalar(name, figures[name], figures["epoch"])
+    board.flush()
+    print(
+        f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
+        f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
+        f"foreground IoU {figures['foreground_iou']:.3f}; "
+        f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data",
+        flush=True,
+    )
+
+
+def resume(path: Path, model: UNet, average: UNet, optimizer: MuonAdamW) -> tuple[int, float]:
+    """Restore a run from its last checkpoint; return its completed epochs and best mIoU.
+
+    Raises:
+        UserError: the checkpoint is of another network.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint["model_config"] != model.config or "training" not in checkpoint:
+        raise UserError(f"{path} is of another network: give its --widths, or another --out")
+    state = checkpoint["training"]
+    model.load_state_dict(state["model"])
+    average.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return checkpoint["epoch"], state["best_miou"]
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

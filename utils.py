@@ -1,0 +1,227 @@
+"""What every script needs: errors, seeds, devices, whole-or-not-at-all files, checkpoints, logs."""
+
+import contextlib
+import os
+import platform
+import random
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+CHECKPOINT_FORMAT = 1  # raised when a key changes its meaning, so that old files can still be read
+
+
+class UserError(Exception):
+    """One sentence for the user: it names the file or the option and says what to do."""
+
+
+def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None:
+    """Run a script's `main` and exit with its status.
+
+    `UserError`, `OSError` and the given `errors` become one sentence on stderr and exit status 2;
+    Ctrl-C exits with 130. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except (UserError, OSError, *errors) as error:
+        if isinstance(error, BrokenPipeError):  # `python evaluate.py ... | head`
+            sys.stderr.close()
+            sys.exit(141)
+        sys.exit(_fail(" ".join(str(error).split()) or type(error).__name__))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, and ask for deterministic kernels."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us may use the global generator
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device called `name`, or CUDA if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+            "give cpu, cuda or leave it out"
+        ) from None
+    return device
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return a context of bfloat16 arithmetic where the hardware has it, else of float32."""
+    if device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        enabled = torch.cpu._is_avx512_bf16_supported()  # others emulate it, slower than float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+class Processes:
+    """This process among those that torchrun started; alone if it did not.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+        local_rank: Number among those on this machine, which is the number of its GPU.
+    """
+
+    def __init__(self, backend: str):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if self.count > 1:
+            torch.distributed.init_process_group(backend)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor by its sum over all processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def copy_first(self, module: torch.nn.Module) -> None:
+        """Give the first process's weights and buffers to all."""
+        if self.count > 1:
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears at `path` whole or not at all.
+
+    Written beside its final place, flushed to disk, then renamed over it. If the block raises,
+    `path` keeps what it held before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads."""
+    with atomic_write(path) as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Returns:
+        The dict given to `save_checkpoint`; a bare state_dict comes back as
+        `{"model": state_dict, "model_config": {}}`, a UNet built with defaults.
+
+    Raises:
+        UserError: not a checkpoint, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a file that train.py wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for files that are not its own
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
+            "give a file that train.py wrote"
+        ) from None
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
+    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {"model": checkpoint, "model_config": {}}
+    if not isinstance(checkpoint.get("model"), dict) or "model_config" not in checkpoint:
+        raise UserError(f"{path} holds no model: give a file that train.py wrote")
+    if checkpoint.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was written by a newer version of this project: update it")
+    return checkpoint
+
+
+def load_model(
+    network: Callable[..., torch.nn.Module], path: str | Path
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Rebuild `network(**model_config)` with the weights of a checkpoint, on the CPU in float32.
+
+    Returns:
+        The network and its checkpoint.
+
+    Raises:
+        UserError: not a checkpoint, or its weights do not fit the network.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model = network(**checkpoint["model_config"])
+        model.load_state_dict(checkpoint["model"])  # half precision becomes float32 here
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2])[:200]
+        raise UserError(
+            f"the weights in {path} do not fit the network of model.py ({reason}): "
+            "give a file that train.py of this version wrote"
+        ) from None
+    return model, checkpoint
+
+
+def log_header(device: torch.device) -> str:
+    """Say where a log came from: command, versions, commit and device."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return (
+        f"command: python {' '.join(sys.argv)}\n"
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"numpy {np.__version__}, commit {commit or 'none'}\n"
+        f"device: {device} ({name}), {torch.get_num_threads()} threads"
+    )
