@@ -16,8 +16,9 @@ import math
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -537,6 +538,16 @@ def write_video(out: Path, number: int, seed: int, objects: tuple[int, int], dev
     partial.rename(out / f"video_{number}")
 
 
+def follow_parent() -> None:
+    """End this worker when its parent is gone, even by kill -9."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def render_dataset(
     out: Path,
     num_videos: int,
@@ -557,7 +568,7 @@ def render_dataset(
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
     workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=not progress)
-    with bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
         jobs = [pool.submit(write_video, out, k, seed, objects, device) for k in todo]
         try:
             for job in as_completed(jobs):
