@@ -376,7 +376,8 @@ class RandomObjectCrops(v2.Transform):
     """Cut several square crops around random objects out of every frame of a batch.
 
     Every kind of object in a frame is as likely as any other, however small; it lies anywhere in
-    the crop, which is scaled, stretched and mirrored at random.
+    the crop, which is scaled and stretched at random. Nothing is mirrored: CLEVR's masks sit half
+    a pixel to the left of the picture, and a mirrored one would sit half a pixel to the right.
     """
 
     def __init__(self, crops: int, size: int):
@@ -406,7 +407,7 @@ class RandomObjectCrops(v2.Transform):
         x = torch.maximum(torch.minimum(x, width - half_x), half_x)  # stay inside the frame
         y = torch.maximum(torch.minimum(y, height - half_y), half_y)
         line = (torch.arange(size, device=device) + 0.5) / half - 1  # -1..1 over the crop
-        x = (x + half_x * uniform(-1, 1).sign() * line) * 2 / width - 1  # (B, crops, size)
+        x = (x + half_x * line) * 2 / width - 1  # (B, crops, size)
         y = (y + half_y * line) * 2 / height - 1
         grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), dim=-1)
         return {"grid": grid.flatten(1, 2)}

@@ -2,6 +2,7 @@
 
     python evaluate.py --pred masks --data path                    # the report
     python evaluate.py --pred masks --data path --json score.json  # and all of it as JSON
+    python evaluate.py --pred masks --data path --picture strip.png  # frames, truth, masks
 
 Every labelled video below --data is compared with the mask.npy at the same relative path below
 --pred. All figures come from one integer confusion matrix summed over the data set.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.io import encode_png
 
 from dataset import (
     CLASS_NAMES,
@@ -27,11 +29,16 @@ from dataset import (
     DataError,
     find_videos,
     frame_paths,
+    read_frame,
     read_mask,
 )
 from utils import UserError, atomic_write, run_script
 
 NUM_WORST = 10  # videos listed at the end of the report
+PAINT = (  # red, green, blue of a mask's COLOURS in pictures
+    *((150, 150, 150), (235, 60, 60), (70, 110, 255), (60, 200, 60)),
+    *((190, 120, 60), (60, 230, 230), (190, 80, 240), (255, 235, 60)),
+)
 
 
 def confusion_matrix(truth: Tensor, pred: Tensor) -> Tensor:
@@ -226,6 +233,32 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw_labels(labels: Tensor) -> Tensor:
+    """Paint ids (H, W) as uint8 (3, H, W): an object's own colour, another shade for each kind."""
+    rgb = torch.tensor(PAINT)[(labels.long() - 1) % len(COLOURS)]  # (H, W, 3)
+    kind = (labels.long() - 1) // len(COLOURS)  # 0..5, metal cube to rubber cylinder
+    painted = rgb * (1 - 0.11 * kind[..., None])
+    painted[labels == 0] = 40.0
+    return painted.permute(2, 0, 1).to(torch.uint8)
+
+
+def draw_strip(pred: Path, data: Path, columns: int = 4) -> Tensor:
+    """Return a picture uint8 (3, 3 * H, columns * W): frames over true masks over predictions.
+
+    Shows the middle frame of labelled videos that lie evenly apart in the list.
+    """
+    videos = [video for video in find_videos(data) if (video / "mask.npy").exists()]
+    strip = []
+    for i in range(min(columns, len(videos))):
+        video = videos[i * len(videos) // columns]
+        paths = frame_paths(video)
+        t = len(paths) // 2
+        masks = (read_labels(video), read_labels(pred / video.relative_to(data)))
+        painted = [draw_labels(mask[t]) for mask in masks]
+        strip.append(torch.cat([read_frame(paths[t]), *painted], dim=1))
+    return torch.cat(strip, dim=2)
+
+
 def _figure(value: float | None) -> str:
     return "     -" if value is None else f"{value:6.4f}"
 
@@ -238,6 +271,7 @@ def main() -> None:
     parser.add_argument("--pred", type=Path, required=True, help="folder that infer.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    parser.add_argument("--picture", type=Path, help="also draw frames, truth and masks as a PNG")
     args = parser.parse_args()
 
     for path in (args.pred, args.data):
@@ -249,6 +283,9 @@ def main() -> None:
         text = json.dumps(result, indent=1, allow_nan=False)
         with atomic_write(args.json) as file:
             file.write(f"{text}\n".encode())
+    if args.picture:
+        with atomic_write(args.picture) as file:
+            file.write(encode_png(draw_strip(args.pred, args.data)).numpy().tobytes())
     print(report(result))
 
 

@@ -7,9 +7,14 @@
 Every folder below --data that holds image_*.png is a video; its masks go to the same relative path
 below --out, mask.npy, uint8 (frames, height, width), ids 0..48. A video with a fault is named on
 stderr and gets no mask; the others are done, and the exit status is 1.
+
+The classes of a video are estimated from all of its frames together before any pixel gets its
+label: an object never changes its class, so a class that turns up here and there on others is not
+in the video. --no-consistency labels each frame by itself.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -22,11 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
 from dataset import FRAME_NAME, CLEVRDataset, DataError, find_videos, frame_paths, read_mask
-from model import UNet
+from model import FACTOR_SIZES, UNet
 from utils import (
     UserError,
     atomic_write,
@@ -37,12 +43,17 @@ from utils import (
     run_script,
 )
 
-IN_FLIGHT = 2  # batches that the device works on while the one before them is unpacked
+NUM_KINDS = math.prod(FACTOR_SIZES)  # 48 classes of objects
+SAMPLE = 8192  # object pixels of a video that its classes are estimated from
+ROUNDS = 50  # of that estimate; stray classes fade slowly, fewer than 20 leave some
+DOUBTFUL = 30  # object pixels, in all frames together, that halve the doubt in a class
 UNWRITTEN = 16  # masks that may wait for the disk
 WRITERS = 4  # threads; each mask waits for its own flush to the disk
 
 Batch = tuple[list[tuple[list[int], Tensor]], dict[int, str]]
-Labels = np.ndarray | str  # (H, W) uint8, or why there are none
+# What is known of a frame: labels (H, W) uint8; or where its objects are, (H, W) bool, and the
+# evidence of their classes, (object pixels, 13 or 48); or why there is nothing, in a sentence.
+Frame = Tensor | tuple[Tensor, Tensor] | str
 
 
 def find_data(data: Path | None, checkpoint: dict, ckpt: Path) -> Path:
@@ -82,10 +93,9 @@ def fault_of(video: Path) -> str | None:
     except DataError as error:
         return str(error)
     for expected, number in enumerate(numbers):
-        if number > expected:
-            return f"{video}: image_{expected}.png is missing, add it or remove the video."
-        if number < expected:
-            return f"{video}: image_{number}.png is there twice, remove one."
+        if number != expected:
+            what = "missing, add it" if number > expected else "there twice, remove one"
+            return f"{video}: image_{min(expected, number)}.png is {what} or remove the video."
     return None
 
 
@@ -135,77 +145,103 @@ def default_workers(device: torch.device) -> int:
     return min(16, cpus if device.type == "cuda" else 1 + cpus // 8)
 
 
-def predict(model: UNet, batches: Iterable[Batch], device: torch.device) -> Iterator[Labels]:
-    """Yield the labels of each frame, in order; on CUDA the next batches are on their way."""
-    cuda = device.type == "cuda"
-    pending: deque[tuple] = deque()
+@torch.inference_mode()
+def look(model: UNet, frames: Tensor, consistency: bool) -> list[Frame]:
+    """Return what the network makes of each of `frames`, (B, 3, H, W) uint8."""
+    with mixed_precision(frames.device):
+        if not consistency:
+            return list(model.predict(frames))
+        logits = model(frames, stages=True)[-1]  # (B, 14 or 49, H, W)
+    objects = logits[:, 0] > 0 if model.factored else logits.argmax(dim=1) > 0
+    evidence = logits[:, 1:].movedim(1, -1)[objects].half()  # a twentieth of the pixels
+    counts = objects.flatten(1).sum(dim=1).tolist()
+    return list(zip(objects, evidence.split(counts), strict=True))
+
+
+def predict(
+    model: UNet, batches: Iterable[Batch], device: torch.device, consistency: bool
+) -> Iterator[Frame]:
+    """Yield what the network makes of each frame, in order."""
     for stacks, faults in batches:
-        labels = []
+        found: dict[int, Frame] = dict(faults)
         for positions, frames in stacks:
-            frames = frames.to(device, non_blocking=cuda)  # bytes; the network scales them
-            with mixed_precision(device):
-                found = model.predict(frames)  # (B, H, W) uint8
-            labels.append((positions, found.to("cpu", non_blocking=cuda)))
-        copied = torch.cuda.current_stream(device).record_event() if cuda else None
-        pending.append((labels, faults, copied))
-        if len(pending) > IN_FLIGHT:
-            yield from _in_order(*pending.popleft())
-    for batch in pending:
-        yield from _in_order(*batch)
+            frames = frames.to(device, non_blocking=device.type == "cuda")  # bytes
+            found.update(zip(positions, look(model, frames, consistency), strict=True))
+        yield from (found[i] for i in range(len(found)))
 
 
-def _in_order(
-    labels: list[tuple[list[int], Tensor]], faults: dict[int, str], copied: torch.cuda.Event | None
-) -> list[Labels]:
+def membership(channels: int) -> Tensor:
+    """Return which channels of the evidence each class adds up, (channels, 48), 0 or 1."""
+    kind = torch.arange(NUM_KINDS)
+    if channels == NUM_KINDS:
+        return F.one_hot(kind).float()
+    factors = kind // 16, kind // 8 % 2, kind % 8  # shape, material, colour
+    return torch.cat([F.one_hot(factor) for factor in factors], dim=1).float().T
+
+
+@torch.inference_mode()
+def consistent_labels(objects: Tensor, evidence: Tensor) -> Tensor:
+    """Label the object pixels of one video by what they and all the others say together.
+
+    The share of each class among the object pixels is estimated by expectation maximisation
+    (Saerens, Latinne and Decaestecker 2002, https://doi.org/10.1162/089976602753284446): classes
+    that only come second, or first on scattered pixels, fade. For the labels, any class with
+    clearly more than DOUBTFUL pixels then counts alike, so that an object which is seen briefly
+    holds its own against one that is seen always.
+
+    Args:
+        objects: (T, H, W) bool, where there is an object; that does not change.
+        evidence: (N, 13 or 48), for each such pixel the logits of 3 shapes, 2 materials and 8
+            colours, or of the classes.
+
+    Returns:
+        (T, H, W) uint8, ids 0..48.
+    """
+    labels = objects.to(torch.uint8)
+    if not len(evidence):
+        return labels
+    members = membership(evidence.shape[1]).to(evidence.device)
+    sample = evidence[:: 1 + len(evidence) // SAMPLE].float()
+    p = (sample @ members).softmax(dim=1)  # (n, 48), of a class in a pixel of an object
+    share = torch.full_like(p[0], 1 / NUM_KINDS)
+    for _ in range(ROUNDS):
+        share = share * (p.T @ (1 / (p @ share))) / len(p)
+    pixels = share * len(evidence)  # in all frames
+    classes = (pixels >= pixels.max().clamp(max=0.5)).nonzero()[:, 0]
+    prior = (pixels / (pixels + DOUBTFUL)).log()[classes]
+    best = [  # a part at a time, which bounds the memory for long videos
+        (part.float() @ members[:, classes] + prior).argmax(dim=1) for part in evidence.split(2**18)
+    ]
+    return labels.masked_scatter(objects, (classes + 1).to(torch.uint8)[torch.cat(best)])
+
+
+def combine(frames: list[Frame]) -> Tensor:
+    """Return the labels of one video, (T, H, W) uint8, from what is known of its frames."""
+    if isinstance(frames[0], Tensor):
+        return torch.stack(frames)
+    objects, evidence = zip(*frames, strict=True)
+    return consistent_labels(torch.stack(objects), torch.cat(evidence))
+
+
+def fault_in(video: Path, frames: list[Frame]) -> str | None:
+    """Return why the frames of a video give no mask, in a sentence, or None."""
+    sizes = []
+    for frame in frames:
+        if isinstance(frame, str):
+            return frame
+        height, width = (frame if isinstance(frame, Tensor) else frame[0]).shape
+        sizes.append(f"{width} x {height}")
+    odd = [size for size in sizes if size != sizes[0]]
+    return f"{video}: its frames are of different sizes, {sizes[0]} and {odd[0]}." if odd else None
+
+
+def save(target: Path, labels: Tensor, copied: torch.cuda.Event | None) -> None:
+    """Write labels (T, H, W), once they are copied from the GPU."""
     if copied:
         copied.synchronize()
-    found: dict[int, Labels] = dict(faults)
-    for positions, stack in labels:
-        found.update(zip(positions, stack.numpy(), strict=True))
-    return [found[i] for i in range(len(found))]
-
-
-def fault_in(video: Path, labels: list[Labels]) -> str | None:
-    """Return why the frames of a video give no mask, in a sentence, or None."""
-    for item in labels:
-        if isinstance(item, str):
-            return item
-        if item.shape != labels[0].shape:
-            (h, w), (height, width) = labels[0].shape, item.shape
-            return f"{video}: its frames are of different sizes, {w} x {h} and {width} x {height}."
-    return None
-
-
-class Writer:
-    """Writes masks in background threads; `write` waits while too many are unwritten.
-
-    Leaving the `with` block waits for all of them. An error in a thread is raised by the next
-    `write` or on leaving.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(WRITERS)
-        self.unwritten: deque[Future] = deque()
-
-    def write(self, target: Path, labels: list[np.ndarray]) -> None:
-        """Save labels, one (H, W) for each frame, as one array."""
-        while len(self.unwritten) >= UNWRITTEN or (self.unwritten and self.unwritten[0].done()):
-            self.unwritten.popleft().result()
-        self.unwritten.append(self.pool.submit(_save, target, labels))
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=error_type is not None)
-        while self.unwritten and error_type is None:
-            self.unwritten.popleft().result()
-
-
-def _save(target: Path, labels: list[np.ndarray]) -> None:
     try:
         with atomic_write(target) as file:
-            np.save(file, np.stack(labels))
+            np.save(file, labels.numpy())
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): "
@@ -214,7 +250,12 @@ def _save(target: Path, labels: list[np.ndarray]) -> None:
 
 
 def label_videos(
-    model: UNet, targets: dict[Path, Path], device: torch.device, batch_size: int, workers: int
+    model: UNet,
+    targets: dict[Path, Path],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    consistency: bool = True,
 ) -> tuple[int, int, list[str]]:
     """Write a mask for each video in `targets` that has no fault.
 
@@ -239,18 +280,25 @@ def label_videos(
     numbers = dataset.index[:, 0]  # the position in `videos` of each frame's video
     done = frames = 0
     progress = tqdm(total=len(dataset), unit="frame", disable=None)  # none in a log file
-    with progress, Writer() as writer:
-        labelled = zip(numbers, predict(model, loader, device), strict=True)
+    unwritten: deque[Future] = deque()
+    with progress, ThreadPoolExecutor(WRITERS) as pool:
+        labelled = zip(numbers, predict(model, loader, device, consistency), strict=True)
         for number, group in groupby(labelled, key=lambda item: item[0]):
-            labels = [item for _, item in group]
+            found = [frame for _, frame in group]
             video = videos[number]
-            progress.update(len(labels))
-            if fault := fault_in(video, labels):
+            progress.update(len(found))
+            if fault := fault_in(video, found):
                 faults[video] = fault
                 tqdm.write(f"skipped: {fault}", file=sys.stderr)
                 continue
-            writer.write(targets[video], labels)
-            done, frames = done + 1, frames + len(labels)
+            labels = combine(found).to("cpu", non_blocking=device.type == "cuda")
+            copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+            unwritten.append(pool.submit(save, targets[video], labels, copied))
+            if len(unwritten) > UNWRITTEN:
+                unwritten.popleft().result()
+            done, frames = done + 1, frames + len(found)
+        for future in unwritten:
+            future.result()
     return done, frames, list(faults.values())
 
 
@@ -271,7 +319,9 @@ def main() -> int:
     workers = default_workers(device) if args.workers is None else args.workers
     start = time.perf_counter()
     try:
-        done, frames, faults = label_videos(model, targets, device, args.batch_size, workers)
+        done, frames, faults = label_videos(
+            model, targets, device, args.batch_size, workers, not args.no_consistency
+        )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -301,6 +351,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=_positive, default=22, help="frames at once (default: 22, one video)")
     add("--workers", type=_count, help="processes that decode frames; 0 for none beside this one")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--no-consistency", action="store_true", help="label each frame by itself")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
     return parser.parse_args()
 

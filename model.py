@@ -7,10 +7,12 @@ the edge. `UNet(**CLASSIC)` is the conventional UNet of Ronneberger et al. 2015
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dataset import COLOURS, MATERIALS, NUM_CLASSES, SHAPES
 
@@ -39,9 +41,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
-        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        return F.relu(y if self.shortcut is None else y + self.shortcut(x))
+        y = y if self.shortcut is None else y + self.shortcut(x)
+        return F.relu(y, inplace=True)
 
 
 class UNet(nn.Module):
@@ -64,7 +67,7 @@ class UNet(nn.Module):
         self,
         in_channels: int = 3,
         num_classes: int = NUM_CLASSES,
-        widths: Sequence[int] = (32, 64, 128, 192),
+        widths: Sequence[int] = (24, 64, 128, 192),
         blocks: int | Sequence[int] = 1,
         stem_stride: int = 2,
         residual: bool = True,
@@ -87,8 +90,8 @@ class UNet(nn.Module):
             "factored": factored,
         }
         self.residual, self.factored, self.num_classes = residual, factored, num_classes
+        self.stem_stride = stem_stride
         self.multiple = stem_stride * 2 ** (len(widths) - 1)
-        outputs = sum(FACTOR_SIZES) if factored else num_classes
 
         self.fold = nn.PixelUnshuffle(stem_stride)
         self.unfold = nn.PixelShuffle(stem_stride)
@@ -100,95 +103,123 @@ class UNet(nn.Module):
             self.encoder.append(nn.Sequential(*stage))
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        self.heads = nn.ModuleList()
+        self.heads = nn.ModuleList()  # of each stage of the decoder, or of the last one alone
+        outputs = sum(FACTOR_SIZES) if factored else num_classes
         for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True):
             self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
             self.decoder.append(Block(fine if residual else 2 * fine, fine, residual))
-            last = len(self.up) == len(widths) - 1
-            if last:
-                self.heads.append(nn.Conv2d(fine, outputs * stem_stride**2, 1))
-            elif residual:
+            if residual:
                 self.heads.append(nn.Conv2d(fine, outputs, 1))
-
-    def stages(self, frames: Tensor) -> list[Tensor]:
-        """Return the logits of every decoder stage that has some, coarsest first.
-
-        Args:
-            frames: (B, in_channels, H, W), uint8 or float in [0, 1].
-
-        Returns:
-            Tensors (B, K, H/s, W/s) for strides s down to 1, K = 14 factors (object, 3 shapes,
-            2 materials, 8 colours) or `num_classes`; the last is (B, K, H, W).
-        """
-        height, width = frames.shape[-2:]
-        x = self._prepare(frames)  # (B, 4, H', W'), both multiples of self.multiple
-        x = self.fold(x)  # (B, 4s^2, H'/s, W'/s) for stem stride s
-        skips = []
-        for i, stage in enumerate(self.encoder):
-            x = stage(F.max_pool2d(x, 2) if i else x)  # (B, widths[i], H'/s/2^i, W'/s/2^i)
-            skips.append(x)
-        skips.pop()
-        outputs: list[Tensor] = []
-        for i, (up, stage) in enumerate(zip(self.up, self.decoder, strict=True)):
-            skip = skips.pop()
-            x = up(x)  # (B, C/2, 2h, 2w)
-            x = stage(x + skip if self.residual else torch.cat((skip, x), dim=1))
-            if self.residual or i == len(self.up) - 1:
-                logits = self.heads[i if self.residual else 0](x)
-                if i == len(self.up) - 1:
-                    logits = self.unfold(logits)  # (B, K, H', W')
-                if outputs:
-                    logits = logits + F.interpolate(
-                        outputs[-1], size=logits.shape[-2:], mode="bilinear"
-                    )
-                outputs.append(logits)
-        outputs[-1] = outputs[-1][..., :height, :width]
-        return outputs
+        # Whether there is an object is told for every pixel, what it is for every s x s of them.
+        self.fine = (stem_stride**2, outputs - 1) if factored else (outputs * stem_stride**2, 0)
+        self.heads = self.heads[:-1].append(nn.Conv2d(widths[0], sum(self.fine), 1))
 
     def forward(self, frames: Tensor, stages: bool = False) -> Tensor | list[Tensor]:
         """Return logits (B, num_classes, H, W) of frames (B, C, H, W), uint8 or float in [0, 1].
 
-        With `stages`, return what `stages` does: what a loss works on (DistributedDataParallel
-        only sees calls of `forward`).
+        With `stages`, return the logits of every stage of the decoder that has some, coarsest
+        first, which is what a loss works on: (B, K, H/s, W/s) for strides s, the last (B, K, H, W),
+        where K is 14 factors (object, 3 shapes, 2 materials, 8 colours) or `num_classes`.
 
         Where the logits are factored, background has logit 0 and a class the logit of "object"
         less what each of its factors falls short of the best: the largest of the 49 is an object's
         exactly where "object" is likelier than not.
         """
-        outputs = self.stages(frames)
-        if stages:
-            return outputs
-        logits = outputs[-1]
-        if not self.factored:
-            return logits
-        thing, *factors = logits.split(FACTOR_SIZES, dim=1)
-        shape, material, colour = (f - f.amax(dim=1, keepdim=True) for f in factors)
-        classes = thing[:, :, None, None] + shape[:, :, None, None]  # (B, 3, 1, 1, H, W)
-        classes = classes + material[:, None, :, None] + colour[:, None, None]
-        return torch.cat((torch.zeros_like(thing), classes.flatten(1, 3)), dim=1)
+        *coarse, (thing, kind) = self._decode(frames)
+        if self.factored:
+            kind = _enlarge(kind, self.stem_stride, thing)
+            if not stages:
+                shape, material, colour = (
+                    f - f.amax(dim=1, keepdim=True) for f in kind.split(FACTOR_SIZES[1:], dim=1)
+                )
+                classes = thing[:, :, None, None] + shape[:, :, None, None]  # (B, 3, 1, 1, H, W)
+                classes = classes + material[:, None, :, None] + colour[:, None, None]
+                return torch.cat((torch.zeros_like(thing), classes.flatten(1, 3)), dim=1)
+        logits = torch.cat((thing, kind), dim=1) if self.factored else thing
+        return [*coarse, logits] if stages else logits
 
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:
         """Return labels (B, H, W) uint8: the argmax over `forward`, without its 49 channels."""
-        return self.labels(self.stages(frames)[-1])
+        thing, kind = self._decode(frames)[-1]
+        if not self.factored:
+            return thing.argmax(dim=1).to(torch.uint8)
+        return self._labels(thing, kind, self.stem_stride)
 
     def labels(self, logits: Tensor) -> Tensor:
-        """Return labels (B, H, W) uint8 of the last of `stages`, (B, K, H, W)."""
+        """Return labels (B, H, W) uint8 of the last of forward's stages, (B, K, H, W)."""
         if not self.factored:
             return logits.argmax(dim=1).to(torch.uint8)
-        thing, shape, material, colour = logits.split(FACTOR_SIZES, dim=1)
-        label = 16 * shape.argmax(dim=1) + 8 * material.argmax(dim=1) + colour.argmax(dim=1)
-        return torch.where(thing[:, 0] > 0, label + 1, 0).to(torch.uint8)
+        return self._labels(logits[:, :1], logits[:, 1:], stride=1)
+
+    def fuse(self) -> "UNet":
+        """Fold the batch normalisation into the convolutions: faster, but no longer trainable."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
+                block.conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
+                block.norm1 = block.norm2 = nn.Identity()
+        return self
+
+    def _labels(self, thing: Tensor, kind: Tensor, stride: int) -> Tensor:
+        shape, material, colour = kind.split(FACTOR_SIZES[1:], dim=1)
+        label = 16 * shape.argmax(dim=1) + 8 * material.argmax(dim=1) + colour.argmax(dim=1) + 1
+        label = _enlarge(label[:, None].to(torch.uint8), stride, thing)
+        return (label * (thing > 0))[:, 0]
+
+    def _decode(self, frames: Tensor) -> list[Any]:
+        """Return the coarse stages' logits, and last those of thing (B, 1, H, W) and kind.
+
+        Kind is (B, 13, H/s, W/s), rounded up, for stem stride s; where the logits are not
+        factored, thing has them all.
+        """
+        height, width = frames.shape[-2:]
+        x = self._prepare(frames)  # (B, 4s^2, H'/s, W'/s), H' and W' multiples of self.multiple
+        skips = []
+        for i, stage in enumerate(self.encoder):
+            x = stage(F.max_pool2d(x, 2) if i else x)  # (B, widths[i], H'/s/2^i, W'/s/2^i)
+            skips.append(x)
+        skips.pop()
+        heads = list(self.heads)
+        coarse: list[Tensor] = []
+        for up, stage in zip(self.up, self.decoder, strict=True):
+            x, skip = up(x), skips.pop()  # (B, C/2, 2h, 2w)
+            x = stage(x + skip if self.residual else torch.cat((skip, x), dim=1))
+            if self.residual and len(heads) > 1:
+                logits = heads.pop(0)(x)
+                coarse.append(logits + _double(coarse[-1]) if coarse else logits)
+        thing, kind = heads[0](x).split(self.fine, dim=1)
+        if coarse and self.factored:
+            base = _double(coarse[-1])
+            thing, kind = thing + base[:, :1], kind + base[:, 1:]
+        elif coarse:
+            thing = thing + _double(coarse[-1]).repeat_interleave(
+                thing.shape[1] // self.num_classes, 1
+            )
+        return [*coarse, (self.unfold(thing)[..., :height, :width], kind)]
 
     def _prepare(self, frames: Tensor) -> Tensor:
-        """Scale frames to about [-1, 1], add local contrast, pad to a multiple the stages need."""
+        """Scale frames to about [-1, 1], add local contrast, pad to what the stages need, fold."""
         x = frames if frames.is_floating_point() else frames / 255
         if self.residual:
-            grey = x.mean(dim=1, keepdim=True)
-            blurred = F.avg_pool2d(grey, 9, stride=1, padding=4, count_include_pad=False)
+            grey = blurred = x.mean(dim=1, keepdim=True)
+            for kernel in ((9, 1), (1, 9)):
+                padding = (kernel[0] // 2, kernel[1] // 2)
+                blurred = F.avg_pool2d(blurred, kernel, 1, padding, count_include_pad=False)
             x = torch.cat((4 * (x - 0.45), 8 * (grey - blurred)), dim=1)
         height, width = x.shape[-2:]
         pad = (-width % self.multiple, -height % self.multiple)
         if any(pad):
             x = F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate")
-        return x.contiguous(memory_format=torch.channels_last)
+        return self.fold(x).contiguous(memory_format=torch.channels_last)
+
+
+def _double(logits: Tensor) -> Tensor:
+    return F.interpolate(logits, scale_factor=2, mode="bilinear")
+
+
+def _enlarge(cells: Tensor, stride: int, like: Tensor) -> Tensor:
+    """Repeat every cell of (B, C, h, w) `stride` times each way; cut to the size of `like`."""
+    if stride > 1:
+        cells = F.interpolate(cells, scale_factor=stride, mode="nearest")
+    return cells[..., : like.shape[-2], : like.shape[-1]]

@@ -51,6 +51,7 @@ LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 25.0])
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance that metal mirrors
 AIM = (2.0, 12.0, 0.0)  # what the lamps face
 AMBIENT, BOUNCE = 0.07, 0.24  # light from everywhere above, and from the ground below
+CONTACT_LEAN = (0.14, 0.0)  # the dark of the ground around an object lies to its right
 RUBBER, METAL = 1.08, 0.96  # share of light that comes back, relative to the ground
 SKY, HAZE, HAZE_WIDTH = 0.022, 0.08, 0.5  # metal sees a dark sky, brighter far ahead (radians)
 GLINT_WIDTH, GLOW, GLOW_WIDTH = 0.07, 0.12, 0.45  # radians; a lamp's image and its halo
@@ -88,6 +89,8 @@ class Scene(NamedTuple):
     ids: Tensor  # (N,) uint8 class ids
     lamp: Tensor  # (L, 3) positions
     power: Tensor  # (L, 3) linear colour
+    contact: float  # share of light that an object takes from the ground that it touches
+    lean: Tensor  # (3,) where that shade is centred, relative to the object
     eye: Tensor  # (3,) position of the camera
     axes: Tensor  # (3, 3) its right, up, and forward
     focal: float  # pixels
@@ -222,6 +225,8 @@ def make_scene(
         ids=torch.tensor([class_id(*n) for n in names], dtype=torch.uint8, device=device),
         lamp=tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)),
         power=tensor(LAMP_POWER * np.exp(brightness)),
+        contact=rng.uniform(0.4, 1.0),
+        lean=tensor(np.append(rng.normal(CONTACT_LEAN, 0.08), 0)),
         eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
         focal=FOCAL_LENGTH * width * math.exp(rng.normal(0, 0.02)),
@@ -303,10 +308,27 @@ def lamp_light(scene: Scene, lamp: int, point: Tensor, normal: Tensor) -> Tensor
     return (cosines / dot(to, to) ** 2)[..., None] * scene.power[lamp]
 
 
-def ambient(normal: Tensor) -> Tensor:
-    """Light (M, 3) from the sky above and, where the surface faces down, from the ground."""
+def ambient(point: Tensor, normal: Tensor) -> Tensor:
+    """Light (M, 3) from the sky above and, where the surface faces down, from the ground.
+
+    What faces down close to the ground sees it dark, in the object's own shade.
+    """
     up = 0.5 + 0.5 * normal[..., 2:].expand_as(normal)
-    return AMBIENT * up + BOUNCE * (1 - up)
+    lit = 1 - (-normal[..., 2:]).clamp(min=0) * (1 - point[..., 2:] / 0.4).clamp(0, 1)
+    return AMBIENT * up + BOUNCE * lit * (1 - up)
+
+
+def contact_shade(scene: Scene, ground: Tensor, frames: Tensor) -> Tensor:
+    """Share of light (len(frames), pixels, 1) that objects standing nearby leave to the ground.
+
+    A sphere of radius r that touches the ground hides (r / D) ** 3 of the sky, weighted by the
+    cosine, from a point at distance D of its centre (https://iquilezles.org/articles/sphereao).
+    """
+    share = torch.ones((len(frames), len(ground)), device=ground.device)
+    for centre in (scene.centre[frames] + scene.lean).unbind(1):  # (len(frames), 3)
+        to = centre[:, None] - ground
+        share *= 1 - scene.contact * (centre[:, 2:] / dot(to, to).sqrt()) ** 3
+    return share[..., None]
 
 
 def irradiance(
@@ -318,7 +340,7 @@ def irradiance(
     random: torch.Generator,
 ) -> Tensor:
     """Light (M, 3) that reaches points; of each lamp they see all or nothing, by one random ray."""
-    total = ambient(normal)
+    total = ambient(point, normal)
     for lamp in range(len(scene.lamp)):
         jitter = torch.randn(point.shape, generator=random, device=point.device)
         source = scene.lamp[lamp] + 0.5 * LAMP_RADIUS[lamp] * jitter
@@ -392,7 +414,7 @@ def ground_light(
     """
     device, (num_cells, per_cell), pixels = ground.device, cells.shape, len(ground)
     up = torch.tensor([0.0, 0.0, 1.0], device=device).expand_as(ground)
-    total = ambient(up).repeat(len(frames), 1, 1)
+    total = ambient(ground, up).repeat(len(frames), 1, 1)
     middle = ground[cells].mean(1)
     size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
     slot = torch.arange(len(frames), device=device).repeat_interleave(num_cells)
@@ -416,7 +438,7 @@ def ground_light(
         seen[index[blocked]] = 0
         light = lamp_light(scene, lamp, ground, up)
         total += seen.view(len(frames), pixels, SAMPLES).mean(-1)[..., None] * light
-    return total
+    return total * contact_shade(scene, ground, frames)
 
 
 def render_frames(

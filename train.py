@@ -293,7 +293,7 @@ def validate(
             continue
         images, masks = images.to(device), masks.to(device)
         with mixed_precision(device):
-            stages = model.stages(images)
+            stages = model(images, stages=True)
         total[0] += loss_function(stages, masks.long()) * len(images)
         total[1] += len(images)
         confusion += confusion_matrix(masks, model.labels(stages[-1]))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import infer
-from dataset import DataError
+from dataset import COLOURS, DataError, class_id
 from model import UNet
 from utils import run_script, save_checkpoint
 
@@ -90,8 +90,10 @@ def masks_below(folder):
     return {path.relative_to(folder).as_posix(): np.load(path) for path in files}
 
 
-def assert_labels_of(mask, video, network):
+def assert_labels_of(mask, video, network, consistency=True):
     """Check that each mask is what the network finds in its frame, read by other means.
+
+    Objects are where model.predict finds them; with `consistency` the whole video names them.
 
     Rounding differs between batch sizes and in bfloat16, which may turn a few pixels; the masks of
     two frames have half of their pixels in common.
@@ -99,7 +101,13 @@ def assert_labels_of(mask, video, network):
     count = len(list(video.iterdir()))
     pictures = [np.asarray(Image.open(video / f"image_{t}.png")) for t in range(count)]
     frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    expected = network.predict(frames).numpy()
+    expected = network.predict(frames)
+    if consistency:
+        objects, evidence = zip(*infer.look(network, frames, True), strict=True)
+        objects = torch.stack(objects)
+        assert (objects == (expected > 0)).double().mean() > 0.97
+        expected = infer.consistent_labels(objects, torch.cat(evidence))
+    expected = expected.numpy()
     assert mask.dtype == np.uint8
     assert mask.shape == expected.shape
     assert (mask == expected).mean(axis=(1, 2)).min() > 0.95
@@ -276,3 +284,103 @@ def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):
     assert resumed.keys() == whole.keys()
     for name, mask in resumed.items():
         np.testing.assert_array_equal(mask, whole[name])
+
+
+def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, network):
+    arguments = "--ckpt", ckpt, "--data", data
+    assert run(*arguments, "--out", tmp_path / "own", "--no-consistency")[0] == 0
+    assert run(*arguments, "--out", tmp_path / "out")[0] == 0
+    own, together = masks_below(tmp_path / "own"), masks_below(tmp_path / "out")
+    for name, mask in own.items():
+        assert_labels_of(mask, (data / name).parent, network, consistency=False)
+        np.testing.assert_array_equal(mask > 0, together[name] > 0)
+        assert set(np.unique(together[name])) <= set(np.unique(mask))
+    assert any((own[name] != together[name]).any() for name in own)
+
+
+@pytest.mark.parametrize("config", [{"widths": (8, 16)}, {"widths": (8, 16), "factored": False}])
+def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, config):
+    network = random_network(**config)
+    weights = {"model": network.state_dict(), "model_config": network.config}
+    save_checkpoint(tmp_path / "net.pt", weights)
+    arguments = "--ckpt", tmp_path / "net.pt", "--batch-size"
+    assert run(*arguments, 64, "--data", data, "--out", tmp_path / "all")[0] == 0
+    assert run(*arguments, 5, "--data", data / "a/video_10", "--out", tmp_path / "one")[0] == 0
+    together = np.load(tmp_path / "all/a/video_10/mask.npy")
+    alone = np.load(tmp_path / "one/mask.npy")
+    assert (together == alone).mean() > 0.99  # rounding differs between batch sizes
+    assert_labels_of(alone, data / "a/video_10", network)
+
+
+def logits_of(name, margin):
+    """Return the 13 logits of a pixel that looks like, say, "cube metal red" by a margin."""
+    names = ("cube", "sphere", "cylinder", "metal", "rubber", *COLOURS)
+    return torch.tensor([margin * (n in name.split()) for n in names])
+
+
+def scene(*blocks, frames=22):
+    """Return objects and evidence of blocks (frames, rows, columns, name, margin)."""
+    objects = torch.zeros(frames, 40, 60, dtype=torch.bool)
+    logits = torch.zeros(frames, 40, 60, 13)
+    for when, rows, columns, name, margin in blocks:
+        for t in when:
+            objects[t, rows, columns] = True
+            logits[t, rows, columns] = logits_of(name, margin)
+    return objects, logits[objects]
+
+
+LEFT, MIDDLE, RIGHT = slice(0, 20), slice(20, 40), slice(40, 60)
+ROWS = slice(10, 30)
+
+
+@pytest.mark.parametrize("kind", ["factored", "48 classes"])
+def test_a_class_that_flips_is_set_right_and_foreground_stays(kind):
+    flips = [3, 17]  # by a margin of 2, against 20 frames in which it is a cube by 6
+    rest = [t for t in range(22) if t not in flips]
+    objects, evidence = scene(
+        (rest, ROWS, LEFT, "cube metal red", 6.0),
+        (flips, ROWS, LEFT, "cylinder metal red", 2.0),
+        (range(22), slice(10, 11), LEFT, "cube metal gray", 1.0),  # its edge, in doubt
+    )
+    if kind == "48 classes":
+        evidence = evidence @ infer.membership(13)
+    labels = infer.consistent_labels(objects, evidence)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels > 0, objects)
+    assert labels[objects].unique().tolist() == [class_id("cube", "metal", "red")]
+
+
+@pytest.mark.parametrize("frame", [0, 9, 21])
+def test_a_briefly_seen_object_keeps_its_class(frame):
+    """8 pixels in one frame, beside 8,800 of an object that differs in shape alone."""
+    objects, evidence = scene(
+        (range(22), ROWS, LEFT, "cube metal red", 8.0),
+        ([frame], slice(0, 4), slice(58, 60), "sphere metal red", 12.0),
+    )
+    labels = infer.consistent_labels(objects, evidence)
+    assert torch.equal(labels > 0, objects)
+    assert (labels[frame, 0:4, 58:60] == class_id("sphere", "metal", "red")).all()
+    assert (labels[:, ROWS, LEFT] == class_id("cube", "metal", "red")).all()
+
+
+def test_touching_objects_of_one_colour_keep_their_classes():
+    objects, evidence = scene(
+        (range(22), ROWS, LEFT, "cube rubber blue", 3.0),
+        (range(22), ROWS, MIDDLE, "cylinder rubber blue", 3.0),
+        (range(5), ROWS, RIGHT, "cylinder metal blue", 3.0),
+    )
+    labels = infer.consistent_labels(objects, evidence)
+    assert (labels[:, ROWS, LEFT] == class_id("cube", "rubber", "blue")).all()
+    assert (labels[:, ROWS, MIDDLE] == class_id("cylinder", "rubber", "blue")).all()
+    assert (labels[:5, ROWS, RIGHT] == class_id("cylinder", "metal", "blue")).all()
+    assert not labels[5:, ROWS, RIGHT].any()
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 2])
+def test_one_frame_and_hardly_an_object(pixels):
+    blocks = [([0], slice(0, 1), slice(0, pixels), "sphere rubber cyan", 5.0)] if pixels else []
+    objects, evidence = scene(*blocks, frames=1)
+    labels = infer.consistent_labels(objects, evidence)
+    assert labels.shape == (1, 40, 60)
+    assert (labels[objects] == class_id("sphere", "rubber", "cyan")).all()
+    assert (labels > 0).sum() == pixels

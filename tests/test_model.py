@@ -52,13 +52,14 @@ def test_predict_is_the_argmax_over_the_logits(name):
 
 def test_factored_logits_by_hand():
     model = network("default")
-    outputs = torch.full((1, 14, 1, 3), -1.0)
+    outputs = torch.zeros(1, 14, 1, 3)
     thing, shape, material, colour = 0, slice(1, 4), slice(4, 6), slice(6, 14)
     outputs[0, thing, 0] = torch.tensor([2.0, -3.0, 0.5])
     outputs[0, shape, 0, 0] = torch.tensor([1.0, 5.0, 2.0])  # sphere
     outputs[0, material, 0, 0] = torch.tensor([0.0, 0.5])  # rubber
     outputs[0, colour, 0, 0] = torch.tensor([0.0, 0, 0, 0, 3, 0, 0, 1])  # brown
-    model.stages = lambda frames: [outputs]
+    model.stem_stride = 1
+    model._decode = lambda frames: [(outputs[:, :1], outputs[:, 1:])]
     logits = model(torch.zeros(1, 3, 1, 3))[0, :, 0]
     assert logits[0].tolist() == [0, 0, 0]  # background
     assert logits[class_id("sphere", "rubber", "brown"), 0] == 2.0
@@ -72,6 +73,15 @@ def test_bytes_and_floats_are_the_same_frame():
     model = network("default")
     with torch.inference_mode():
         assert torch.equal(model(frames), model(frames / 255))
+
+
+def test_folding_the_batch_normalisation_changes_no_label():
+    frames = torch.rand(2, 3, 64, 96)
+    model = network("default")
+    with torch.inference_mode():
+        before = model(frames)
+        after = model.fuse()(frames)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
 def test_a_frame_does_not_depend_on_its_batch():
