@@ -151,11 +151,9 @@ def look(model: UNet, frames: Tensor, consistency: bool) -> list[Frame]:
     with mixed_precision(frames.device):
         if not consistency:
             return list(model.predict(frames))
-        logits = model(frames, stages=True)[-1]  # (B, 14 or 49, H, W)
-    objects = logits[:, 0] > 0 if model.factored else logits.argmax(dim=1) > 0
-    evidence = logits[:, 1:].movedim(1, -1)[objects].half()  # a twentieth of the pixels
+        objects, evidence = model.evidence(frames)
     counts = objects.flatten(1).sum(dim=1).tolist()
-    return list(zip(objects, evidence.split(counts), strict=True))
+    return list(zip(objects, evidence.half().split(counts), strict=True))
 
 
 def predict(
@@ -308,7 +306,7 @@ def main() -> int:
     device = choose_device(args.device)
     print(log_header(device), flush=True)
     model, checkpoint = load_model(UNet, args.ckpt)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval().fuse()
     data = find_data(args.data, checkpoint, args.ckpt)
     targets = plan(data, args.out)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,9 @@ class UNet(nn.Module):
         """Return logits (B, num_classes, H, W) of frames (B, C, H, W), uint8 or float in [0, 1].
 
         With `stages`, return the logits of every stage of the decoder that has some, coarsest
-        first, which is what a loss works on: (B, K, H/s, W/s) for strides s, the last (B, K, H, W),
-        where K is 14 factors (object, 3 shapes, 2 materials, 8 colours) or `num_classes`.
+        first, which is what a loss works on: (B, K, H/s, W/s), rounded up, for strides s = 2^n,
+        the last with s = 1. K is 14 factors (object, 3 shapes, 2 materials, 8 colours), or
+        `num_classes` where the logits are not factored.
 
         Where the logits are factored, background has logit 0 and a class the logit of "object"
         less what each of its factors falls short of the best: the largest of the 49 is an object's
@@ -146,6 +147,22 @@ class UNet(nn.Module):
             return thing.argmax(dim=1).to(torch.uint8)
         return self._labels(thing, kind, self.stem_stride)
 
+    @torch.inference_mode()
+    def evidence(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where objects are, and what speaks for each kind of object there.
+
+        Returns:
+            (B, H, W) bool, where `predict` sees an object, and (N, 13) logits of shape, material
+            and colour at the N pixels so marked, or (N, num_classes - 1) if not factored.
+        """
+        thing, kind = self._decode(frames)[-1]
+        objects = thing[:, 0] > 0 if self.factored else thing.argmax(dim=1) > 0  # (B, H, W)
+        image, row, column = objects.nonzero(as_tuple=True)
+        if not self.factored:
+            return objects, thing[:, 1:].movedim(1, -1)[objects]
+        row, column = row // self.stem_stride, column // self.stem_stride
+        return objects, kind.movedim(1, -1)[image, row, column]
+
     def labels(self, logits: Tensor) -> Tensor:
         """Return labels (B, H, W) uint8 of the last of forward's stages, (B, K, H, W)."""
         if not self.factored:
@@ -155,7 +172,7 @@ class UNet(nn.Module):
     def fuse(self) -> "UNet":
         """Fold the batch normalisation into the convolutions: faster, but no longer trainable."""
         for block in self.modules():
-            if isinstance(block, Block):
+            if isinstance(block, Block) and isinstance(block.norm1, nn.BatchNorm2d):
                 block.conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
                 block.conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
                 block.norm1 = block.norm2 = nn.Identity()
@@ -196,6 +213,11 @@ class UNet(nn.Module):
             thing = thing + _double(coarse[-1]).repeat_interleave(
                 thing.shape[1] // self.num_classes, 1
             )
+        strides = [self.stem_stride * 2**i for i in range(len(coarse), 0, -1)]
+        coarse = [
+            c[..., : -(-height // s), : -(-width // s)]
+            for c, s in zip(coarse, strides, strict=True)
+        ]
         return [*coarse, (self.unfold(thing)[..., :height, :width], kind)]
 
     def _prepare(self, frames: Tensor) -> Tensor:

@@ -154,15 +154,24 @@ def loss_function(stages: list[Tensor], mask: Tensor) -> Tensor:
     """
     total = torch.zeros((), device=mask.device)
     for logits in stages:
-        stride = mask.shape[-1] // logits.shape[-1]
-        target = mask[:, stride // 2 :: stride, stride // 2 :: stride]
         logits = logits.float()
+        target = subsample(mask, *logits.shape[-2:])
         if logits.shape[1] == sum(FACTOR_SIZES):
             loss = factored_loss(logits, target)
         else:
             loss = F.cross_entropy(logits, target)
-        total = total + loss * (1.0 if logits is stages[-1] or stride == 1 else 0.5)
+        total = total + (loss if logits.shape[-2:] == mask.shape[-2:] else 0.5 * loss)
     return total
+
+
+def subsample(mask: Tensor, height: int, width: int) -> Tensor:
+    """Return the ids (B, height, width) at the middle of square cells, 2^n wide, of (B, H, W)."""
+    stride = 2 ** math.ceil(math.log2(mask.shape[-1] / width))
+    rows, columns = (
+        (stride * torch.arange(cells, device=mask.device) + stride // 2).clamp(max=pixels - 1)
+        for cells, pixels in ((height, mask.shape[-2]), (width, mask.shape[-1]))
+    )
+    return mask[:, rows[:, None], columns]
 
 
 def factored_loss(logits: Tensor, mask: Tensor) -> Tensor:
@@ -186,7 +195,9 @@ class MuonAdamW:
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.02):
-        self.filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+        self.filters = [
+            p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3 and p.shape[1] > 1
+        ]
         chosen = {id(p) for p in self.filters}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.matrices = [p.detach().flatten(1) for p in self.filters]  # share the weights' memory

@@ -194,6 +194,19 @@ def test_loss_of_a_frame_without_objects_is_finite():
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("size", [(42, 50), (40, 40), (96, 96), (33, 31)])
+def test_loss_of_frames_of_any_size(size):
+    """Coarse stages are compared with the ids at the middle of their cells, within the frame."""
+    model = UNet(widths=(4, 8, 12))
+    mask = torch.zeros(1, *size, dtype=torch.int64)
+    mask[:, 20:] = 30
+    stages = model(torch.rand(1, 3, *size), stages=True)
+    assert train.loss_function(stages, mask).isfinite()
+    cells = train.subsample(mask, *stages[0].shape[-2:])
+    assert cells.shape == (1, -(-size[0] // 4), -(-size[1] // 4))
+    assert cells[0, :, 0].tolist() == [0 if 4 * i + 2 < 20 else 30 for i in range(cells.shape[1])]
+
+
 def test_plain_logits_get_plain_cross_entropy():
     logits, mask = torch.randn(2, 49, 8, 8), torch.randint(0, 49, (2, 8, 8))
     torch.testing.assert_close(train.loss_function([logits], mask), F.cross_entropy(logits, mask))
