@@ -3,6 +3,7 @@
     python infer.py --ckpt weights/clevr_unet.pt --out masks --data path
     python infer.py --ckpt checkpoints/Unet_checkpoint_best.pt --out masks  # the data it learned
     python infer.py --ckpt file --out masks --data path --resume            # after an interruption
+    torchrun --nproc-per-node=8 infer.py --ckpt file --out masks --data path  # on eight GPUs
 
 Every folder below --data that holds image_*.png is a video; its masks go to the same relative path
 below --out, mask.npy, uint8 (frames, height, width), ids 0..48. A video with a fault is named on
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from dataset import FRAME_NAME, CLEVRDataset, DataError, find_videos, frame_paths, read_mask
 from model import FACTOR_SIZES, UNet
 from utils import (
+    Processes,
     UserError,
     atomic_write,
     choose_device,
@@ -303,12 +305,15 @@ def label_videos(
 def main() -> int:
     """Label every video; return 1 if some had a fault, else 0."""
     args = parse_args()
-    device = choose_device(args.device)
-    print(log_header(device), flush=True)
+    processes = Processes(choose_device(args.device))
+    device = processes.device
+    if processes.first:
+        print(log_header(device), flush=True)
     model, checkpoint = load_model(UNet, args.ckpt)
     model = model.to(device, memory_format=torch.channels_last).eval().fuse()
     data = find_data(args.data, checkpoint, args.ckpt)
     targets = plan(data, args.out)
+    targets = dict(list(targets.items())[processes.rank :: processes.count])
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         found = len(targets)
@@ -327,14 +332,18 @@ def main() -> int:
             "a process that decodes frames was killed, for lack of memory or of space in /dev/shm: "
             "give fewer --workers and go on with --resume"
         ) from None
+    totals = torch.tensor([done, frames, len(faults)], device=device)
+    processes.add_up(totals)
+    done, frames, skipped = totals.tolist()
     seconds = time.perf_counter() - start
-    print(
-        f"{done} videos, {frames} frames in {seconds:.1f} s "
-        f"({frames / seconds:.1f} frames/s) -> {args.out}"
-    )
-    if faults:
-        print(f"{len(faults)} videos skipped, see above", file=sys.stderr)
-    return 1 if faults else 0
+    if processes.first:
+        print(
+            f"{done} videos, {frames} frames in {seconds:.1f} s "
+            f"({frames / seconds:.1f} frames/s) -> {args.out}"
+        )
+        if skipped:
+            print(f"{skipped} videos skipped, see above", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def parse_args() -> argparse.Namespace:

@@ -49,7 +49,8 @@ from utils import (
 )
 
 DEMO_DATA = Path("data/demo")
-DEMO_VIDEOS = 60
+DEMO_VIDEOS = 80
+DEMO_OBJECTS = (4, 10)  # a video
 CHECKPOINT_EVERY = 5  # epochs
 CROPS_PER_FRAME = 4  # of 96 x 96 pixels, about as many pixels as the frame itself
 AVERAGE_DECAY = 0.995  # of the running mean of the weights, a step
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add("--num-epochs", type=int, default=16, help="passes over the data (default %(default)s)")
+    add("--num-epochs", type=int, default=10, help="passes over the data (default %(default)s)")
     add("--batch-size", type=int, default=8, help="frames a step (default %(default)s)")
     add("--learning-rate", type=float, default=4e-3, help="highest (default %(default)s)")
     add("--init", type=Path, help="start from the weights of this checkpoint")
@@ -339,20 +340,23 @@ def build_model(args: argparse.Namespace) -> UNet:
 def main() -> None:
     """Prepare data, network and optimiser, then train, validate and save epoch by epoch."""
     args = parse_args()
-    device = choose_device(args.device)
-    processes = Processes("nccl" if device.type == "cuda" else "gloo")
-    if processes.count > 1 and device.type == "cuda":
-        device = torch.device("cuda", processes.local_rank)
+    processes = Processes(choose_device(args.device))
+    device = processes.device
     seed_everything(args.seed)
     if processes.first:
         print(log_header(device))
         if args.data == DEMO_DATA:
-            render_dataset(DEMO_DATA, DEMO_VIDEOS)
+            render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS)
     processes.wait()
 
     train_videos, val_videos = split_videos(args.data, args.seed)
     training = CLEVRDataset(train_videos, cache=not args.no_cache)
     validation = CLEVRDataset(val_videos, cache=not args.no_cache)
+    if min(args.batch_size, len(training)) < processes.count:
+        raise UserError(
+            f"{processes.count} processes share batches of {args.batch_size} out of "
+            f"{len(training)} frames: start fewer, or give a larger --batch-size"
+        )
     batches = ShardedBatches(len(training), args.batch_size, processes, True, args.seed)
     val_batches = ShardedBatches(len(validation), 2 * args.batch_size, processes, False)
     loading = {

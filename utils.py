@@ -37,6 +37,9 @@ def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _fail(sentence: str) -> int:
@@ -88,14 +91,19 @@ class Processes:
         rank: Number of this process, from 0.
         count: How many there are.
         local_rank: Number among those on this machine, which is the number of its GPU.
+        device: Where it computes: the given one, or its own GPU.
     """
 
-    def __init__(self, backend: str):
+    def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = device
         if self.count > 1:
-            torch.distributed.init_process_group(backend)
+            if device.type == "cuda":
+                self.device = torch.device("cuda", self.local_rank)
+                torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
     def first(self) -> bool:

@@ -384,3 +384,19 @@ def test_one_frame_and_hardly_an_object(pixels):
     assert labels.shape == (1, 40, 60)
     assert (labels[objects] == class_id("sphere", "rubber", "cyan")).all()
     assert (labels > 0).sum() == pixels
+
+
+def test_two_processes_share_out_the_videos(run, tmp_path, data, ckpt):
+    """Three videos do not divide evenly; each is done once, to the same labels."""
+    arguments = ["--ckpt", ckpt, "--device", "cpu", "--workers", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, SCRIPT, *arguments, "--out", tmp_path / "two"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 videos, 36 frames in " in done.stdout.splitlines()[-1]
+    status, _, _ = run("--ckpt", ckpt, "--out", tmp_path / "one")
+    assert status == 0
+    one, two = masks_below(tmp_path / "one"), masks_below(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -216,7 +216,7 @@ def test_plain_logits_get_plain_cross_entropy():
 def test_processes_share_every_frame_exactly_once(count):
     shares = []
     for rank in range(count):
-        processes = Processes("gloo")
+        processes = Processes(torch.device("cpu"))
         processes.rank, processes.count = rank, count
         shares.append(list(train.ShardedBatches(10, 4, processes, shuffle=False)))
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(10))
@@ -226,7 +226,7 @@ def test_two_processes_validate_to_the_same_figures_as_one(finished, videos, tmp
     """22 frames in batches of 8 do not divide evenly; nothing is counted twice or left out."""
     init = ["--init", finished / "Unet_checkpoint_best.pt", "--learning-rate", 1e-12]
     command = ["--data", videos, "--num-epochs", 1, "--batch-size", 4, "--device", "cpu", *init]
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("train.py", *command, "--out", one).returncode == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
