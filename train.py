@@ -306,7 +306,8 @@ def validate(
         images, masks = images.to(device), masks.to(device)
         with mixed_precision(device):
             stages = model(images, stages=True)
-        total[0] += loss_function(stages, masks.long()) * len(images)
+        for i in range(len(images)):  # so that the mean does not depend on the batches
+            total[0] += loss_function([s[i : i + 1] for s in stages], masks[i : i + 1].long())
         total[1] += len(images)
         confusion += confusion_matrix(masks, model.labels(stages[-1]))
     processes.add_up(confusion)
