@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--widths", type=int, nargs="+", help="channels of each stage of the UNet")
-    size.add_argument("--classic", action="store_true", help="conventional UNet of 64..1024")
+    size.add_argument("--classic", action="store_true", help="UNet of 64..1024, on whole frames")
     args = parser.parse_args()
     for name in ("num_epochs", "batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < math.inf:
@@ -229,6 +229,11 @@ class MuonAdamW:
             part.load_state_dict(saved)
 
 
+def whole_frames(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a batch as it is: the conventional way, for comparison."""
+    return images, masks
+
+
 def learning_rate_at(progress: float, highest: float) -> float:
     """Return the learning rate at `progress` (0..1) of the run: rise, stay, fall to zero."""
     return highest * min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM))
@@ -368,7 +373,7 @@ def main() -> None:
     }
     loader = DataLoader(training, batch_sampler=batches, **loading)
     val_loader = DataLoader(validation, batch_sampler=val_batches, **loading)
-    augment = augmentation(CROPS_PER_FRAME)
+    augment = whole_frames if args.classic else augmentation(CROPS_PER_FRAME)
 
     model = build_model(args).to(device)
     average = copy.deepcopy(model).requires_grad_(False)

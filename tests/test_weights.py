@@ -1,0 +1,54 @@
+"""The shipped weights, as a new user meets them: on videos they have never seen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from render import render_dataset
+from utils import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "weights" / "clevr_unet.pt"
+REAL = ROOT.parent / "shared" / "real"
+
+
+def score(data: Path, out: Path, *options: str) -> dict:
+    """Label `data` with infer.py and return the figures of evaluate.py."""
+    label = ["infer.py", "--ckpt", WEIGHTS, "--out", out, "--data", data, "--device", "cpu"]
+    evaluate = ["evaluate.py", "--pred", out, "--data", data, "--json", out / "score.json"]
+    for command in ([*label, *options], evaluate):
+        script, *rest = map(str, command)
+        subprocess.run([sys.executable, ROOT / script, *rest], check=True, capture_output=True)
+    return json.loads((out / "score.json").read_text())
+
+
+def test_the_file_is_small_plain_and_speaks_of_no_machine():
+    assert WEIGHTS.stat().st_size < 12e6
+    checkpoint = load_checkpoint(WEIGHTS)
+    assert "data" not in checkpoint
+    assert {"seed", "epoch", "miou", "model_config"} <= checkpoint.keys()
+    assert all(isinstance(value, torch.Tensor) for value in checkpoint["model"].values())
+
+
+def test_rendered_videos_that_training_never_saw(tmp_path):
+    render_dataset(tmp_path / "data", 3, seed=1234, objects=(4, 7), progress=False)
+    figures = score(tmp_path / "data", tmp_path / "masks")
+    assert figures["frames"] == 66
+    assert figures["foreground_iou"] > 0.95
+    assert figures["shape_accuracy"]["all"] > 0.95
+    assert figures["material_accuracy"]["all"] > 0.95
+    assert figures["colour_accuracy"]["all"] > 0.95
+    assert figures["miou"] > 0.85
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real videos at ../shared/real")
+def test_real_videos(tmp_path):
+    together = score(REAL, tmp_path / "together")
+    alone = score(REAL, tmp_path / "alone", "--no-consistency")
+    assert together["miou"] > 0.92
+    assert together["miou"] > alone["miou"]
+    assert together["foreground_iou"] == pytest.approx(alone["foreground_iou"])
