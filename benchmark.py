@@ -201,7 +201,7 @@ def network_call(
 
         return label
     model.train()
-    optimizer = train.MuonAdamW(model, LEARNING_RATE)
+    optimizer = train.MuonAdamW(model)
 
     def step() -> None:
         with arithmetic:
@@ -311,7 +311,7 @@ def measure_train(
     batch = [part.to(device) for part in training.__getitems__(next(iter(batches)))]
     crops = augment(Image(batch[0]), Mask(batch[1]))
     model = model.to(device)
-    average, optimizer = copy.deepcopy(model), train.MuonAdamW(model, LEARNING_RATE)
+    average, optimizer = copy.deepcopy(model), train.MuonAdamW(model)
 
     def steps(loader: Iterable, change: Callable) -> None:
         args = (model, average, loader, change, optimizer, device)
@@ -420,7 +420,7 @@ def measure_quality(
         stream = endless(loader)
         model = NETWORKS[name]().to(device)
         average = copy.deepcopy(model).requires_grad_(False)
-        optimizer = train.MuonAdamW(model, LEARNING_RATE)
+        optimizer = train.MuonAdamW(model)
         step, start = 0, time.perf_counter()
         while (passed := (time.perf_counter() - start) / (60 * minutes)) < 1:
             total = step / passed if step else 1.0  # steps, at the pace so far

@@ -75,13 +75,16 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def mixed_precision(device: torch.device) -> torch.autocast:
     """Return a context of bfloat16 arithmetic where the hardware has it, else of float32."""
-    if device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        enabled = torch.cpu._is_avx512_bf16_supported()  # others emulate it, slower than float32
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 class Processes:

@@ -212,6 +212,32 @@ def test_plain_logits_get_plain_cross_entropy():
     torch.testing.assert_close(train.loss_function([logits], mask), F.cross_entropy(logits, mask))
 
 
+def test_muon_is_torch_s(monkeypatch):
+    """Three steps on a convolution equal those of torch.optim.Muon on the same weights, flat."""
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: True)  # as torch.optim.Muon computes
+    torch.manual_seed(0)
+    for shape in ((6, 8), (40, 4)):  # wide and tall matrices
+        layer = torch.nn.Conv2d(shape[1], shape[0], 3, bias=False)
+        flat = torch.nn.Parameter(layer.weight.detach().flatten(1).clone())
+        ours = train.MuonAdamW(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+        settings = {"weight_decay": 0.02, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        theirs = torch.optim.Muon([flat], lr=0.01, **settings)
+        for _ in range(3):
+            layer.weight.grad = torch.randn_like(layer.weight)
+            flat.grad = layer.weight.grad.flatten(1)
+            ours.step(0.01)
+            theirs.step()
+        torch.testing.assert_close(layer.weight.flatten(1), flat, rtol=0.02, atol=5e-4)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one(monkeypatch):
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    for shape in ((8, 72), (64, 18)):
+        values = torch.linalg.svdvals(train.orthogonalise(torch.randn(*shape)))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_processes_share_every_frame_exactly_once(count):
     shares = []
