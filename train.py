@@ -3,7 +3,7 @@
     python train.py                                        # renders data/demo first
     python train.py --data path --num-epochs 10            # your own videos
     python train.py --data path --resume                   # go on after an interruption
-    python train.py --data path --init weights/clevr_unet.pt --learning-rate 5e-4   # fine-tune
+    python train.py --data path --init weights/clevr_unet.pt   # fine-tune
     torchrun --nproc-per-node=8 train.py --data path       # eight GPUs
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
     add("--num-epochs", type=int, default=10, help="passes over the data (default %(default)s)")
     add("--batch-size", type=int, default=8, help="frames a step (default %(default)s)")
-    add("--learning-rate", type=float, default=4e-3, help="highest (default %(default)s)")
+    add("--learning-rate", type=float, help="highest (default: 4e-3, with --init 1e-3)")
     add("--init", type=Path, help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
@@ -80,6 +80,8 @@ def parse_args() -> argparse.Namespace:
     size.add_argument("--widths", type=int, nargs="+", help="channels of each stage of the UNet")
     size.add_argument("--classic", action="store_true", help="UNet of 64..1024, on whole frames")
     args = parser.parse_args()
+    if args.learning_rate is None:
+        args.learning_rate = 1e-3 if args.init else 4e-3
     for name in ("num_epochs", "batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
@@ -302,9 +304,11 @@ def train_one_epoch(
         update_average(average, model.module if hasattr(model, "module") else model, step)
         losses.append(loss.detach())
         frames += len(images)
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         asked = time.perf_counter()
+        if step % 10 == 0:
+            seconds = asked - start
+            rates = f"{frames / seconds:.1f} frames/s, {waited / seconds:.0%} waiting for data"
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {rates}", refresh=False)
     return {
         "train_loss": torch.stack(losses).mean().item(),
         "lr": rate,

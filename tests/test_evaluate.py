@@ -1,3 +1,5 @@
+"""Figures against torchmetrics, against values by hand, and faults that are named."""
+
 import json
 import sys
 

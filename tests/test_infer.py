@@ -1,3 +1,5 @@
+"""Masks for every video: mirrored, whole, in order, whatever the batch size or the faults."""
+
 import os
 import shutil
 import signal

@@ -1,3 +1,5 @@
+"""Scenes: repeatable, lifelike where it can be counted, exact where it can be worked out."""
+
 import hashlib
 import math
 import sys
