@@ -50,7 +50,6 @@ import train
 import utils
 from dataset import NUM_CLASSES, CLEVRDataset, DataError, augmentation, find_videos, frame_paths
 from model import CLASSIC, UNet
-from render import render_dataset
 
 SIZE = (160, 240)  # height and width of a frame
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
@@ -306,7 +305,7 @@ def measure_train(
     """Return the rates of train.py, of its step on one batch in memory, and of its data."""
     utils.seed_everything(0)  # as train.py does: it asks for deterministic kernels
     training = CLEVRDataset(train.split_videos(data, 0)[0])
-    batches = train.ShardedBatches(len(training), batch_size, utils.Processes("gloo"), True)
+    batches = train.ShardedBatches(len(training), batch_size, utils.Processes(device), True)
     augment = augmentation(train.CROPS_PER_FRAME)
     batch = [part.to(device) for part in training.__getitems__(next(iter(batches)))]
     crops = augment(Image(batch[0]), Mask(batch[1]))
@@ -407,7 +406,7 @@ def measure_quality(
 
     The learning rate goes by the time that has passed, so that each completes its schedule.
     """
-    processes = utils.Processes("gloo")
+    processes = utils.Processes(device)
     training, validation = map(CLEVRDataset, train.split_videos(data, 0))
     val_batches = train.ShardedBatches(len(validation), 2 * batch_size, processes, False)
     val_loader = DataLoader(validation, batch_sampler=val_batches, **train_loading(device))
@@ -522,7 +521,7 @@ def main() -> None:
     videos: list[Path] = []
     if args.minutes or set(args.only) - {"networks"}:
         if args.data == train.DEMO_DATA:
-            render_dataset(args.data, train.DEMO_VIDEOS)
+            train.render_demo()
         videos = find_videos(args.data)[:20]
     network = utils.load_model(UNet, args.ckpt)[0] if args.ckpt else NETWORKS["ours"]()
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {

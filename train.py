@@ -90,6 +90,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def render_demo() -> None:
+    """Render what is missing of the default data."""
+    render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS)
+
+
 def split_videos(path: Path, seed: int) -> tuple[list[Path], list[Path]]:
     """Return the training and the validation videos, never parts of one video in both.
 
@@ -372,7 +377,7 @@ def main() -> None:
     if processes.first:
         print(log_header(device))
         if args.data == DEMO_DATA:
-            render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS)
+            render_demo()
     processes.wait()
 
     train_videos, val_videos = split_videos(args.data, args.seed)
