@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
     add("--num-epochs", type=int, default=10, help="passes over the data (default %(default)s)")
     add("--batch-size", type=int, default=8, help="frames a step (default %(default)s)")
-    add("--learning-rate", type=float, help="highest (default: 4e-3, with --init 1e-3)")
+    add("--learning-rate", type=float, help="highest (default: 4e-3, or 1e-3 with --init)")
     add("--init", type=Path, help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
@@ -78,10 +78,12 @@ def parse_args() -> argparse.Namespace:
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--widths", type=int, nargs="+", help="channels of each stage of the UNet")
-    size.add_argument("--classic", action="store_true", help="UNet of 64..1024, on whole frames")
+    size.add_argument(
+        "--classic", action="store_true", help="UNet of 64..1024, AdamW, whole frames"
+    )
     args = parser.parse_args()
     if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.init else 4e-3
+        args.learning_rate = 1e-3 if args.init or args.classic else 4e-3
     for name in ("num_epochs", "batch_size", "learning_rate"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
@@ -197,7 +199,7 @@ def factored_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """Muon for the 3x3 convolutions, AdamW for the rest.
+    """Muon for the 3x3 convolutions, AdamW for the rest (for all, without `muon`).
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix by its
     orthogonalised momentum; a convolution is a matrix (out, in * 3 * 3), and the step is scaled so
@@ -206,8 +208,14 @@ class MuonAdamW:
     has none: there it takes longer than the network.
     """
 
-    def __init__(self, model: nn.Module, weight_decay: float = 0.02, momentum: float = 0.95):
-        filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_decay: float = 0.02,
+        momentum: float = 0.95,
+        muon: bool = True,
+    ):
+        filters = [p for p in model.parameters() if muon and p.ndim == 4 and p.shape[-1] == 3]
         self.filters = [p for p in filters if p.shape[1] > 1]  # one channel makes no matrix
         chosen = {id(p) for p in self.filters}
         rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -402,7 +410,7 @@ def main() -> None:
 
     model = build_model(args).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = MuonAdamW(model)
+    optimizer = MuonAdamW(model, muon=not args.classic)
     completed, best = 0, -1.0
     last = args.out / "Unet_checkpoint_last.pt"
     if args.resume and last.exists():
