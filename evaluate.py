@@ -248,8 +248,9 @@ def draw_strip(pred: Path, data: Path, columns: int = 4) -> Tensor:
     Shows the middle frame of labelled videos that lie evenly apart in the list.
     """
     videos = [video for video in find_videos(data) if (video / "mask.npy").exists()]
+    columns = min(columns, len(videos))
     strip = []
-    for i in range(min(columns, len(videos))):
+    for i in range(columns):
         video = videos[i * len(videos) // columns]
         paths = frame_paths(video)
         t = len(paths) // 2
