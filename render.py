@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import shutil
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
@@ -26,10 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
-from dataset import COLOURS, MATERIALS, SHAPES, class_id
+from dataset import COLOURS, MATERIALS, SHAPES
+from utils import UserError, atomic_write, choose_device, run_script
 
 CAMERA_HEIGHT = 5.34
 CAMERA_PITCH = 0.4716  # radians below the horizon
@@ -88,6 +88,7 @@ class Scene(NamedTuple):
     metal: Tensor  # (N,) bool
     ids: Tensor  # (N,) uint8 class ids
     lamp: Tensor  # (L, 3) positions
+    facing: Tensor  # (L, 3) of length 1
     power: Tensor  # (L, 3) linear colour
     contact: float  # share of light that an object takes from the ground that it touches
     lean: Tensor  # (3,) where that shade is centred, relative to the object
@@ -97,12 +98,11 @@ class Scene(NamedTuple):
 
 
 class Rays(NamedTuple):
-    """M rays. A ray never meets object `skip`, the convex one that it starts on (-1 for none)."""
+    """M rays."""
 
     origin: Tensor  # (M, 3)
     direction: Tensor  # (M, 3) of length 1
     frame: Tensor  # (M,)
-    skip: Tensor  # (M,)
 
     def take(self, index: Tensor) -> "Rays":
         """Return the rays at `index`."""
@@ -125,10 +125,8 @@ def unit(a: Tensor) -> Tensor:
 def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw a position (2,) in view, or out of view with a velocity (2,) that leads into view."""
     y, angle, fate = rng.uniform(7.0, 17.5), rng.uniform(0, 2 * np.pi), rng.random()
-    point, heading = (
-        np.array([rng.uniform(-0.4, 0.4) * y, y]),
-        np.array([np.cos(angle), np.sin(angle)]),
-    )
+    point = np.array([rng.uniform(-0.4, 0.4) * y, y])
+    heading = np.array([np.cos(angle), np.sin(angle)])
     if fate < 0.6:  # rests until something hits it
         return point, np.zeros(2)
     if fate < 0.72:  # slides from the start
@@ -148,8 +146,9 @@ def collide(
         if len(pairs) == 0:
             return
         for i, j in pairs:
-            normal = (x[j] - x[i]) / np.linalg.norm(x[j] - x[i])
-            push = 0.5 * (radii[i] + radii[j] + 1e-4 - np.linalg.norm(x[j] - x[i])) * normal
+            gap = np.linalg.norm(x[j] - x[i])
+            normal = (x[j] - x[i]) / gap
+            push = 0.5 * (radii[i] + radii[j] + 1e-4 - gap) * normal
             x[i], x[j] = x[i] - push, x[j] + push
             approach = max(0.0, (v[i] - v[j]) @ normal)
             impulse = 0.5 * (1 + RESTITUTION) * approach * normal
@@ -165,30 +164,30 @@ def simulate(
     Returns positions (num_frames, N, 2), angles (num_frames, N) in radians, and the indices (N,) of
     the discs that found a place: a crowd too dense loses some.
     """
-    start, kept = [], []
+    start = {}  # position and velocity by index of the disc
     for i, radius in enumerate(radii):
         for _ in range(300):
             point, velocity = place(rng)
-            gaps = [
-                math.dist(point, p) - radius - radii[k]
-                for (p, _), k in zip(start, kept, strict=True)
-            ]
+            gaps = [math.dist(point, p) - radius - radii[k] for k, (p, _) in start.items()]
             if min(gaps, default=1) > 0.05:
-                start, kept = [*start, (point, velocity)], [*kept, i]
+                start[i] = point, velocity
                 break
-    x, v = (np.array(column) for column in zip(*start, strict=True))
-    angle, spin = rng.uniform(0, 2 * np.pi, len(kept)), rng.normal(0, 0.15, len(kept))
-    spin, friction = spin * (v != 0).any(1), rng.uniform(0.02, 0.05)
+    kept = np.array(list(start))
+    x, v = (np.array(column) for column in zip(*start.values(), strict=True))
+    angle = rng.uniform(0, 2 * np.pi, len(kept))
+    spin = rng.normal(0, 0.15, len(kept)) * (v != 0).any(1)
+    friction = rng.uniform(0.02, 0.05)
     positions, angles = [], []
     for _ in range(num_frames):
-        positions, angles = [*positions, x.copy()], [*angles, angle]
+        positions.append(x)
+        angles.append(angle)
         for _ in range(STEPS):
             speed = np.linalg.norm(v, axis=1, keepdims=True).clip(1e-9)
             v = v * (1 - (friction / speed + DRAG) / STEPS).clip(0)
             spin = spin * (1 - DRAG / STEPS)
             x, angle = x + v / STEPS, angle + spin / STEPS
             collide(rng, x, v, spin, radii[kept])
-    return np.array(positions), np.array(angles), np.array(kept)
+    return np.array(positions), np.array(angles), kept
 
 
 def make_scene(
@@ -201,29 +200,29 @@ def make_scene(
 
     kinds = rng.permutation(48)[: rng.integers(objects[0], objects[1] + 1)]  # no kind occurs twice
     xy, angle, kept = simulate(rng, FOOTPRINT[kinds // 16], num_frames)
-    shape, material, colour = kinds[kept] // 16, kinds[kept] // 8 % 2, kinds[kept] % 8
-    names = [
-        (SHAPES[s], MATERIALS[m], COLOURS[c])
-        for s, m, c in zip(shape, material, colour, strict=True)
-    ]
-    nominal = np.array([NOMINAL[name] for *_, name in names]) / 255
-    z = np.broadcast_to(HEIGHT[shape], xy.shape[:2])[..., None]
+    kinds = kinds[kept]
+    shape, material, colour = kinds // 16, kinds // 8 % 2, kinds % 8  # see dataset.CLASS_NAMES
+    z = np.broadcast_to(HEIGHT[shape], angle.shape)
     pitch, roll = CAMERA_PITCH + rng.normal(0, 0.008), rng.normal(0, 0.006)
     up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
     forward = np.array([0, math.cos(pitch), -math.sin(pitch)])
     c, s = math.cos(roll), math.sin(roll)
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
+    nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
+    albedo = nominal * np.exp(rng.normal(0, 0.05, nominal.shape))
+    lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
     return Scene(
-        centre=tensor(np.concatenate([xy, z], -1)),
-        turn=tensor(np.stack([np.cos(angle), np.sin(angle)], -1)),
+        centre=tensor(np.dstack([xy, z])),
+        turn=tensor(np.dstack([np.cos(angle), np.sin(angle)])),
         half=tensor(HALF[shape]),
         radius=tensor(RADIUS[shape]),
         round=tensor(shape == SHAPES.index("sphere")),
         reach=tensor(REACH[shape]),
-        albedo=tensor(nominal * np.exp(rng.normal(0, 0.05, nominal.shape))),
+        albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
-        ids=torch.tensor([class_id(*n) for n in names], dtype=torch.uint8, device=device),
-        lamp=tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)),
+        ids=torch.tensor(kinds + 1, dtype=torch.uint8, device=device),
+        lamp=lamp,
+        facing=unit(tensor(AIM) - lamp),
         power=tensor(LAMP_POWER * np.exp(brightness)),
         contact=rng.uniform(0.4, 1.0),
         lean=tensor(np.append(rng.normal(CONTACT_LEAN, 0.08), 0)),
@@ -236,13 +235,19 @@ def make_scene(
 # Ray tracing. Vectors are (M, 3); a pair is a ray and an object that it may hit.
 
 
-def near(scene: Scene, rays: Rays, slack: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Indices of rays and of objects whose bounding sphere they miss by less than `slack` (M,)."""
+def near(
+    scene: Scene, rays: Rays, slack: Tensor | float = 0.0, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices of rays and of objects whose bounding sphere they miss by less than `slack` (M,).
+
+    `skip` (M,) is the object that a ray starts on; being convex it is never met again. -1: none.
+    """
     to = scene.centre[rays.frame] - rays.origin[:, None]  # (M, N, 3)
     along = dot(to, rays.direction[:, None])
     reach = scene.reach + torch.as_tensor(slack, device=to.device).view(-1, 1)
     hit = (dot(to, to) - along * along < reach * reach) & (along > -reach)
-    hit &= torch.arange(len(scene.reach), device=to.device) != rays.skip[:, None]
+    if skip is not None:
+        hit &= torch.arange(len(scene.reach), device=to.device) != skip[:, None]
     return hit.nonzero(as_tuple=True)
 
 
@@ -259,10 +264,9 @@ def turned(
 def intersect(scene: Scene, rays: Rays, which: Tensor) -> Tensor:
     """Distance (M,) along each ray to its object `which` (M,), infinite where it misses.
 
-    It is 0 for a ray that starts inside, as from the ground below an object.
-
-    Every shape is an intersection of slabs and a quadric. A ray is inside each of them on one
-    interval, and hits if it enters the last before it leaves the first (Kay and Kajiya, 1986).
+    It is 0 for a ray that starts inside, as from the ground below an object. Every shape is an
+    intersection of slabs and a quadric. A ray is inside each of them on one interval, and hits if
+    it enters the last before it leaves the first (Kay and Kajiya, 1986).
     """
     p = turned(scene, rays.origin - scene.centre[rays.frame, which], rays.frame, which)
     d = turned(scene, rays.direction, rays.frame, which)
@@ -303,8 +307,8 @@ def surface_normal(scene: Scene, point: Tensor, frame: Tensor, which: Tensor) ->
 
 def lamp_light(scene: Scene, lamp: int, point: Tensor, normal: Tensor) -> Tensor:
     """Light (M, 3) from a lamp in plain view: cosines at both ends, inverse square."""
-    to, axis = scene.lamp[lamp] - point, torch.tensor(AIM, device=point.device) - scene.lamp[lamp]
-    cosines = dot(to, normal).clamp(min=0) * (-dot(to, unit(axis))).clamp(min=0)
+    to = scene.lamp[lamp] - point
+    cosines = dot(to, normal).clamp(min=0) * (-dot(to, scene.facing[lamp])).clamp(min=0)
     return (cosines / dot(to, to) ** 2)[..., None] * scene.power[lamp]
 
 
@@ -332,12 +336,7 @@ def contact_shade(scene: Scene, ground: Tensor, frames: Tensor) -> Tensor:
 
 
 def irradiance(
-    scene: Scene,
-    point: Tensor,
-    normal: Tensor,
-    frame: Tensor,
-    skip: Tensor,
-    random: torch.Generator,
+    scene: Scene, point: Tensor, normal: Tensor, frame: Tensor, skip: Tensor, random: Generator
 ) -> Tensor:
     """Light (M, 3) that reaches points; of each lamp they see all or nothing, by one random ray."""
     total = ambient(point, normal)
@@ -346,15 +345,15 @@ def irradiance(
         source = scene.lamp[lamp] + 0.5 * LAMP_RADIUS[lamp] * jitter
         light = lamp_light(scene, lamp, point, normal)
         lit = (light[:, 0] > 0).nonzero()[:, 0]
-        rays = Rays(point[lit], unit(source[lit] - point[lit]), frame[lit], skip[lit])
-        ray, which = near(scene, rays)
+        rays = Rays(point[lit], unit(source[lit] - point[lit]), frame[lit])
+        ray, which = near(scene, rays, skip=skip[lit])
         dark = intersect(scene, rays.take(ray), which).isfinite()
         light[lit[ray[dark]]] = 0
         total = total + light
     return total
 
 
-def reflection(scene: Scene, rays: Rays, random: torch.Generator) -> Tensor:
+def reflection(scene: Scene, rays: Rays, skip: Tensor, random: Generator) -> Tensor:
     """Radiance (M, 3) along rays that leave metal: lamps in a dark sky, the ground, or objects."""
     direction = rays.direction
     seen = SKY + HAZE * torch.exp((direction[:, 1:2] - 1) / HAZE_WIDTH**2).repeat(1, 3)
@@ -362,11 +361,11 @@ def reflection(scene: Scene, rays: Rays, random: torch.Generator) -> Tensor:
         angle = 2 - 2 * dot(unit(scene.lamp[lamp] - rays.origin), direction)  # squared, if small
         image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
         seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
-    t, hit = first_hit(scene, rays, *near(scene, rays))
+    t, hit = first_hit(scene, rays, *near(scene, rays, skip=skip))
     to_ground = torch.where(direction[:, 2] < -1e-3, -rays.origin[:, 2] / direction[:, 2], math.inf)
     point = rays.origin + torch.minimum(t, to_ground).clamp(max=1e4)[:, None] * direction
     m = ((hit < 0) & to_ground.isfinite()).nonzero()[:, 0]
-    up = torch.tensor([0.0, 0.0, 1.0], device=t.device).expand(len(m), 3)
+    up = t.new_tensor([0.0, 0.0, 1.0]).expand(len(m), 3)
     seen[m] = irradiance(scene, point[m], up, rays.frame[m], hit[m], random)
     m = (hit >= 0).nonzero()[:, 0]
     normal = surface_normal(scene, point[m], rays.frame[m], hit[m])
@@ -375,30 +374,29 @@ def reflection(scene: Scene, rays: Rays, random: torch.Generator) -> Tensor:
     return seen
 
 
-def shade(
-    scene: Scene, point: Tensor, view: Tensor, frame: Tensor, which: Tensor, random
-) -> Tensor:
-    """Linear colour (M, 3) of points on objects seen along `view`."""
+def shade(scene: Scene, rays: Rays, t: Tensor, which: Tensor, random: Generator) -> Tensor:
+    """Linear colour (M, 3) of the objects `which` (M,) that rays meet at distance `t` (M,)."""
+    view, frame = rays.direction, rays.frame
+    point = rays.origin + t[:, None] * view
     normal, light = surface_normal(scene, point, frame, which), torch.empty_like(point)
     metal = scene.metal[which]
     m = (~metal).nonzero()[:, 0]
     light[m] = RUBBER * irradiance(scene, point[m], normal[m], frame[m], which[m], random)
     m = metal.nonzero()[:, 0]
     mirrored = unit(view[m] - 2 * dot(view[m], normal[m])[:, None] * normal[m])
-    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m], which[m]), random)
+    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m]), which[m], random)
     return scene.albedo[which] * light
 
 
-def lamp_points(scene: Scene, pixels: int, random: torch.Generator) -> Tensor:
+def lamp_points(scene: Scene, pixels: int, random: Generator) -> Tensor:
     """Points (L, pixels, SAMPLES, 3) spread over each lamp's disc in randomly turned spirals."""
     device = scene.lamp.device
     k = torch.arange(SAMPLES, device=device)
     angle = torch.rand((len(scene.lamp), pixels, 1), generator=random, device=device) * 2 * math.pi
     angle = angle + k * math.pi * (3 - 5**0.5)  # the golden angle, as in a sunflower
-    axis = unit(torch.tensor(AIM, device=device) - scene.lamp)
-    side = unit(torch.linalg.cross(axis, torch.tensor([[0.0, 0.0, 1.0]], device=device)))
-    top = torch.linalg.cross(side, axis)
-    radius = torch.tensor(LAMP_RADIUS, dtype=angle.dtype, device=device)[:, None, None]
+    side = unit(torch.linalg.cross(scene.facing, angle.new_tensor([[0.0, 0.0, 1.0]])))
+    top = torch.linalg.cross(side, scene.facing)
+    radius = angle.new_tensor(LAMP_RADIUS)[:, None, None]
     u, v = (radius * ((k + 0.5) / SAMPLES).sqrt() * f(angle) for f in (torch.cos, torch.sin))
     side, top, lamp = (w[:, None, None] for w in (side, top, scene.lamp))
     return lamp + u[..., None] * side + v[..., None] * top
@@ -412,37 +410,32 @@ def ground_light(
     `ground` (pixels, 3) holds the ground point behind each pixel, `cells` (C, CELL * CELL) the
     pixels of each block, `points` what `lamp_points` returns.
     """
-    device, (num_cells, per_cell), pixels = ground.device, cells.shape, len(ground)
-    up = torch.tensor([0.0, 0.0, 1.0], device=device).expand_as(ground)
+    up = ground.new_tensor([0.0, 0.0, 1.0]).expand_as(ground)
     total = ambient(ground, up).repeat(len(frames), 1, 1)
     middle = ground[cells].mean(1)
     size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
-    slot = torch.arange(len(frames), device=device).repeat_interleave(num_cells)
     for lamp in range(len(scene.lamp)):
         to = scene.lamp[lamp] - middle
         slack = size + 1.2 * LAMP_RADIUS[lamp] / dot(to, to).sqrt()  # penumbra below an object
-        origin, to, slack = (
-            w.repeat(len(frames), *[1] * (w.ndim - 1)) for w in (middle, unit(to), slack)
-        )
-        block, which = near(scene, Rays(origin, to, frames[slot], -torch.ones_like(slot)), slack)
-        pixel = cells[block % num_cells]  # (pairs, CELL * CELL)
-        start = ground[pixel][:, :, None].expand(-1, -1, SAMPLES, -1).reshape(-1, 3)
-        frame, which = (
-            w.repeat_interleave(per_cell * SAMPLES) for w in (frames[slot[block]], which)
-        )
-        to = unit(points[lamp, pixel].view(-1, 3) - start)
-        blocked = intersect(scene, Rays(start, to, frame, frame), which).isfinite()
-        index = (slot[block][:, None] * pixels + pixel)[..., None] * SAMPLES
-        index = (index + torch.arange(SAMPLES, device=device)).flatten()
-        seen = torch.ones(len(frames) * pixels * SAMPLES, device=device)
-        seen[index[blocked]] = 0
-        light = lamp_light(scene, lamp, ground, up)
-        total += seen.view(len(frames), pixels, SAMPLES).mean(-1)[..., None] * light
+        origin, to = middle.repeat(len(frames), 1), unit(to).repeat(len(frames), 1)
+        rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
+        block, which = near(scene, rays, slack.repeat(len(frames)))
+        slot, pixel = block // len(cells), cells[block % len(cells)]  # (pairs, CELL * CELL)
+        target = points[lamp, pixel]  # (pairs, CELL * CELL, SAMPLES, 3)
+        start = ground[pixel][:, :, None].expand_as(target).reshape(-1, 3)
+        frame, which = (w.repeat_interleave(CELL * CELL * SAMPLES) for w in (frames[slot], which))
+        rays = Rays(start, unit(target.view(-1, 3) - start), frame)
+        blocked = intersect(scene, rays, which).isfinite()
+        index = (slot[:, None] * len(ground) + pixel)[..., None] * SAMPLES
+        index = (index + torch.arange(SAMPLES, device=ground.device)).flatten()
+        seen = torch.ones((len(frames), len(ground), SAMPLES), device=ground.device)
+        seen.view(-1)[index[blocked]] = 0
+        total += seen.mean(-1)[..., None] * lamp_light(scene, lamp, ground, up)
     return total * contact_shade(scene, ground, frames)
 
 
 def render_frames(
-    scene: Scene, frames: Tensor, height: int, width: int, points: Tensor, random: torch.Generator
+    scene: Scene, frames: Tensor, height: int, width: int, points: Tensor, random: Generator
 ) -> tuple[Tensor, Tensor]:
     """Linear pictures (len(frames), H, W, 3) and masks (len(frames), H, W) of the given frames."""
     device = scene.eye.device
@@ -461,23 +454,21 @@ def render_frames(
     picture = ground_light(scene, ground, cells, frames, points)
 
     # Blocks of pixels that an object may touch are seen through 2 x 2 rays per pixel.
-    slot = torch.arange(len(frames), device=device).repeat_interleave(len(cells))
     middle = unit(view[cells].mean(1)).repeat(len(frames), 1)
-    rays = Rays(scene.eye.expand_as(middle), middle, frames[slot], -torch.ones_like(slot))
+    rays = Rays(scene.eye.expand_as(middle), middle, frames.repeat_interleave(len(cells)))
     block, which = near(scene, rays, slack=30 * 0.71 * CELL / scene.focal)  # seen 30 units away
     blocks, pair = block.unique(return_inverse=True)
-    pixel, slot, per_block = cells[blocks % len(cells)], slot[blocks], 4 * CELL * CELL
-    sub = torch.arange(4, device=device)
+    slot, pixel = blocks // len(cells), cells[blocks % len(cells)]
+    per_block, sub = 4 * CELL * CELL, torch.arange(4, device=device)
     row = (2 * (pixel // width)[..., None] + sub // 2).flatten()  # in half pixels
     column = (2 * (pixel % width)[..., None] + sub % 2).flatten()
     view = look(0.5 * row + 0.25, 0.5 * column + 0.25)
-    frame = frames[slot].repeat_interleave(per_block)
-    rays = Rays(scene.eye.expand_as(view), view, frame, -torch.ones_like(frame))
+    rays = Rays(scene.eye.expand_as(view), view, frames[slot].repeat_interleave(per_block))
     pair = (pair[:, None] * per_block + torch.arange(per_block, device=device)).flatten()
     t, hit = first_hit(scene, rays, pair, which.repeat_interleave(per_block))
     m = (hit >= 0).nonzero()[:, 0]
     colour = torch.zeros_like(view)
-    colour[m] = shade(scene, scene.eye + t[m, None] * view[m], view[m], frame[m], hit[m], random)
+    colour[m] = shade(scene, rays.take(m), t[m], hit[m], random)
     bare = (hit < 0).view(-1, CELL * CELL, 4).float().mean(-1)[..., None]
     at = slot[:, None], pixel
     picture[at] = picture[at] * bare + colour.view(-1, CELL * CELL, 4, 3).mean(2)
@@ -503,13 +494,12 @@ def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:
     return sum(weight * x[..., k : k + height, :] for k, weight in taps)
 
 
-def develop(picture: Tensor, rng: np.random.Generator, random: torch.Generator) -> Tensor:
+def develop(picture: Tensor, rng: np.random.Generator, random: Generator) -> Tensor:
     """Turn linear pictures (T, H, W, 3) into soft, noisy 8-bit frames (T, 3, H, W)."""
     device = picture.device
     gain = np.exp(rng.normal(0, 0.05) + rng.normal(0, 0.015, 3))  # exposure and white balance
-    linear = (
-        (picture * torch.tensor(gain, device=device)).clamp(1e-6, 1).permute(0, 3, 1, 2).float()
-    )
+    picture = picture * torch.tensor(gain, device=device)
+    linear = picture.clamp(1e-6, 1).permute(0, 3, 1, 2).float()
     srgb = torch.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     luma = (srgb * torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)).sum(1, True)
     sigma = BLUR * rng.uniform(0.8, 1.3)
@@ -529,14 +519,16 @@ def render_video(
     height: int = 160,
     width: int = 240,
 ) -> tuple[Tensor, Tensor]:
-    """Render one video of objects[0] to objects[1] objects; height and width are multiples of 4.
+    """Render one video of objects[0] to objects[1] objects.
 
     Returns frames uint8 (num_frames, 3, height, width) and masks uint8 (num_frames, height, width)
-    of class ids.
+    of class ids. Raises ValueError for a height or width that is no multiple of 4.
     """
+    if height % CELL or width % CELL:
+        raise ValueError(f"height {height} and width {width} must be multiples of {CELL} pixels")
     rng = np.random.default_rng(seed)
     scene = make_scene(rng, objects, num_frames, width, device)
-    random = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    random = Generator(device).manual_seed(int(rng.integers(2**62)))
     points = lamp_points(scene, height * width, random)
     chunk = 4 if torch.device(device).type == "cpu" else num_frames  # a processor's cache is small
     parts = [
@@ -555,8 +547,10 @@ def write_video(out: Path, number: int, seed: int, objects: tuple[int, int], dev
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for t, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(frame).save(partial / f"image_{t}.png", compress_level=3)
-    np.save(partial / "mask.npy", masks.cpu().numpy())
+        with atomic_write(partial / f"image_{t}.png") as file:
+            Image.fromarray(frame).save(file, "PNG", compress_level=3)
+    with atomic_write(partial / "mask.npy") as file:
+        np.save(file, masks.cpu().numpy())
     partial.rename(out / f"video_{number}")
 
 
@@ -601,18 +595,17 @@ def render_dataset(
             raise
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the video_K folders")
-    parser.add_argument("--videos", type=int, required=True, help="how many, of 22 frames each")
-    parser.add_argument("--start", type=int, default=0, help="number of the first (default 0)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    parser.add_argument(
-        "--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video"
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the video_K folders")
+    add("--videos", type=int, required=True, help="how many, of 22 frames each")
+    add("--start", type=int, default=0, help="number of the first (default %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same bytes (default %(default)s)")
+    add("--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video")
+    add("--workers", type=int, help="processes (default: one per core)")
+    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     args = parser.parse_args()
     if args.videos < 1 or args.start < 0 or args.seed < 0:
         parser.error("--videos must be at least 1, and --start and --seed at least 0")
@@ -620,32 +613,21 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--objects needs 1 <= MIN <= MAX <= 48, the number of kinds of objects")
     if args.workers is not None and args.workers < 1:
         parser.error("--workers must be at least 1")
-    if args.device != "cpu" and not (args.device == "cuda" and torch.cuda.is_available()):
-        parser.error(f"--device {args.device}: use cpu, or cuda on a machine with a working GPU")
     return args
 
 
-def main() -> int:
-    """Render what the command line asks for; return the exit status."""
-    args = parse_arguments()
+def main() -> None:
+    """Render what the command line asks for."""
+    args = parse_args()
+    choose_device(args.device)  # an unusable one is an error here, not in every worker
+    objects, start = tuple(args.objects), args.start
     try:
         render_dataset(
-            args.out,
-            args.videos,
-            args.seed,
-            tuple(args.objects),
-            args.workers,
-            args.device,
-            start=args.start,
+            args.out, args.videos, args.seed, objects, args.workers, args.device, start=start
         )
     except OSError as error:
-        print(f"render.py: cannot write to {args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("render.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 import render
 from dataset import class_id
+from utils import run_script
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,6 @@ def hit(scene, origin, direction):
         torch.tensor([origin], dtype=torch.float32),
         render.unit(torch.tensor([direction], dtype=torch.float32)),
         torch.zeros(1, dtype=torch.long),
-        torch.full((1,), -1),
     )
     which = torch.zeros(1, dtype=torch.long)
     t = render.intersect(scene, ray, which)
@@ -126,6 +128,12 @@ def test_other_sizes():
     assert masks.shape == (1, 80, 120)
 
 
+@pytest.mark.parametrize(("height", "width"), [(82, 120), (80, 121)])
+def test_size_that_is_no_multiple_of_four_is_named(height, width):
+    with pytest.raises(ValueError, match=f"height {height} and width {width} must be multiples"):
+        render.render_video(0, num_frames=1, height=height, width=width)
+
+
 def test_masks_agree_with_colours(monkeypatch):
     """Inside its mask a red rubber sphere is red; outside the ground is grey."""
     kinds = [class_id("sphere", "rubber", "red") - 1, class_id("cube", "rubber", "blue") - 1]
@@ -194,6 +202,27 @@ def test_bytes_do_not_depend_on_workers_and_rendering_resumes(rendered, tmp_path
     assert digest(tmp_path / "video_1") == digest(rendered / "video_1")
 
 
+def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    synced, rename, fsync = [], Path.rename, os.fsync
+
+    def watched_fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watched_rename(folder, target):
+        for path in [folder, *folder.iterdir()]:
+            assert path.stat().st_ino in synced, f"{path.name} was not flushed"
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    frames = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(render, "render_video", lambda *_, **__: (frames, frames[:, 0]))
+    render.write_video(tmp_path, 3, 0, (1, 2), "cpu")
+    names = sorted(path.name for path in (tmp_path / "video_3").iterdir())
+    assert names == ["image_0.png", "image_1.png", "mask.npy"]
+
+
 def test_command_line_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     bad = [
         ("--videos", "0"),
@@ -206,7 +235,7 @@ def test_command_line_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     for arguments in bad:
         monkeypatch.setattr(sys, "argv", ["render.py", "--out", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as stop:
-            render.main()
+            run_script(render.main)
         assert stop.value.code == 2
         assert "error: " in capsys.readouterr().err
 
@@ -216,7 +245,9 @@ def test_unwritable_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["render.py", "--out", str(tmp_path / "file"), "--videos", "1"]
     )
-    assert render.main() == 2
+    with pytest.raises(SystemExit) as stop:
+        run_script(render.main)
+    assert stop.value.code == 2
     message = capsys.readouterr().err
     assert str(tmp_path / "file") in message
     assert len(message.strip().splitlines()) == 1
