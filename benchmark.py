@@ -56,7 +56,7 @@ TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repea
 SCRIPT_SECONDS = 15.0  # of one turn of a script, so that its start-up does not count
 MEMORY_VIDEOS = (20, 2000)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-INFER_BATCH, TRAIN_BATCH, LEARNING_RATE = 22, 8, 4e-3  # the defaults of infer.py and train.py
+INFER_BATCH, TRAIN_BATCH, LEARNING_RATE = 22, 16, 4e-3  # the defaults of infer.py and train.py
 
 Times = dict[Any, list[float]]  # seconds of each turn
 

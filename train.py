@@ -50,10 +50,10 @@ from utils import (
 )
 
 DEMO_DATA = Path("data/demo")
-DEMO_VIDEOS = 80
+DEMO_VIDEOS = 200
 DEMO_OBJECTS = (4, 10)  # a video
 CHECKPOINT_EVERY = 5  # epochs
-CROPS_PER_FRAME = 4  # of 96 x 96 pixels, about as many pixels as the frame itself
+CROPS_PER_FRAME = 2  # of 96 x 96 pixels; more frames teach more than more crops of each
 AVERAGE_DECAY = 0.995  # of the running mean of the weights, a step
 WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
 LOG_FIELDS = ("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s")
@@ -67,8 +67,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add("--num-epochs", type=int, default=10, help="passes over the data (default %(default)s)")
-    add("--batch-size", type=int, default=8, help="frames a step (default %(default)s)")
+    add("--num-epochs", type=int, help="passes over the data (default: 5, or 30 with --init)")
+    add("--batch-size", type=int, default=16, help="frames a step (default %(default)s)")
     add("--learning-rate", type=float, help="highest (default: 4e-3, or 1e-3 with --init)")
     add("--init", type=Path, help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
@@ -82,6 +82,8 @@ def parse_args() -> argparse.Namespace:
         "--classic", action="store_true", help="UNet of 64..1024, AdamW, whole frames"
     )
     args = parser.parse_args()
+    if args.num_epochs is None:
+        args.num_epochs = 30 if args.init else 5
     if args.learning_rate is None:
         args.learning_rate = 1e-3 if args.init or args.classic else 4e-3
     for name in ("num_epochs", "batch_size", "learning_rate"):
