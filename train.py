@@ -50,7 +50,7 @@ from utils import (
 )
 
 DEMO_DATA = Path("data/demo")
-DEMO_VIDEOS = 200
+DEMO_VIDEOS = 160
 DEMO_OBJECTS = (4, 10)  # a video
 CHECKPOINT_EVERY = 5  # epochs
 CROPS_PER_FRAME = 2  # of 96 x 96 pixels; more frames teach more than more crops of each
