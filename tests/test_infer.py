@@ -1,5 +1,6 @@
 """Masks for every video: mirrored, whole, in order, whatever the batch size or the faults."""
 
+import copy
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from PIL import Image
 import infer
 from dataset import COLOURS, DataError, class_id
 from model import UNet
-from utils import run_script, save_checkpoint
+from utils import mixed_precision, run_script, save_checkpoint
 
 SCRIPT = Path(infer.__file__)
 
@@ -97,13 +98,15 @@ def assert_labels_of(mask, video, network, consistency=True):
 
     Objects are where model.predict finds them; with `consistency` the whole video names them.
 
-    Rounding differs between batch sizes and in bfloat16, which may turn a few pixels; the masks of
-    two frames have half of their pixels in common.
+    Rounding differs between batch sizes, which may turn a few pixels; the masks of two frames have
+    half of their pixels in common.
     """
     count = len(list(video.iterdir()))
     pictures = [np.asarray(Image.open(video / f"image_{t}.png")) for t in range(count)]
     frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    expected = network.predict(frames)
+    network = copy.deepcopy(network).fuse()
+    with mixed_precision(frames.device):
+        expected = network.predict(frames)
     if consistency:
         objects, evidence = zip(*infer.look(network, frames, True), strict=True)
         objects = torch.stack(objects)
