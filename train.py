@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from dataset import CLEVRDataset, DataError, augmentation, find_videos
 from evaluate import confusion_matrix, summarise
-from model import CLASSIC, FACTOR_SIZES, UNet
+from model import CLASSIC, FACTOR_SIZES, Stage, UNet, at_pixels, cell_width
 from render import render_dataset
 from utils import (
     Processes,
@@ -153,7 +153,7 @@ class ShardedBatches(Sampler[list[int]]):
             yield batch[self.processes.rank :: self.processes.count]
 
 
-def loss_function(stages: list[Tensor], mask: Tensor) -> Tensor:
+def loss_function(stages: list[Stage], mask: Tensor) -> Tensor:
     """Return the loss of the logits of every decoder stage.
 
     Factored logits: is it an object (binary cross entropy over all pixels), and, on object pixels
@@ -162,41 +162,48 @@ def loss_function(stages: list[Tensor], mask: Tensor) -> Tensor:
     pixel at the middle of each of their cells. Other logits: 49-way cross entropy.
 
     Args:
-        stages: (B, K, H/s, W/s) logits, coarsest first; the last is (B, K, H, W).
+        stages: what `UNet.forward` returns with `stages`, coarsest first.
         mask: (B, H, W) int64 ids.
     """
     total = torch.zeros((), device=mask.device)
-    for logits in stages:
-        logits = logits.float()
-        target = subsample(mask, *logits.shape[-2:])
-        if logits.shape[1] == sum(FACTOR_SIZES):
-            loss = factored_loss(logits, target)
-        else:
-            loss = F.cross_entropy(logits, target)
-        total = total + (loss if logits.shape[-2:] == mask.shape[-2:] else 0.5 * loss)
+    for stage in stages:
+        if isinstance(stage, Tensor):
+            total = total + F.cross_entropy(stage.float(), mask)
+            continue
+        thing, kind = stage
+        target = subsample(mask, thing)
+        loss = factored_loss(thing, kind, target)
+        total = total + (loss if target.shape == mask.shape else 0.5 * loss)
     return total
 
 
-def subsample(mask: Tensor, height: int, width: int) -> Tensor:
-    """Return the ids (B, height, width) at the middle of square cells, 2^n wide, of (B, H, W)."""
-    stride = 2 ** math.ceil(math.log2(mask.shape[-1] / width))
+def only(stage: Stage, i: int) -> Stage:
+    """Return what a stage says of frame `i` of its batch, as a batch of one."""
+    if isinstance(stage, Tensor):
+        return stage[i : i + 1]
+    return tuple(part[i : i + 1] for part in stage)
+
+
+def subsample(mask: Tensor, cells: Tensor) -> Tensor:
+    """Return the ids (B, h, w) at the middle of the cells (B, C, h, w) of a mask (B, H, W)."""
+    width = cell_width(cells, mask)
     rows, columns = (
-        (stride * torch.arange(cells, device=mask.device) + stride // 2).clamp(max=pixels - 1)
-        for cells, pixels in ((height, mask.shape[-2]), (width, mask.shape[-1]))
+        (width * torch.arange(number, device=mask.device) + width // 2).clamp(max=pixels - 1)
+        for number, pixels in zip(cells.shape[-2:], mask.shape[-2:], strict=True)
     )
     return mask[:, rows[:, None], columns]
 
 
-def factored_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return the loss of factored logits (B, 14, h, w) against ids (B, h, w)."""
-    thing, shape, material, colour = logits.permute(0, 2, 3, 1).split(FACTOR_SIZES, dim=-1)
+def factored_loss(thing: Tensor, kind: Tensor, mask: Tensor) -> Tensor:
+    """Return the loss of factored logits (B, 1, h, w) and (B, 13, h', w') against ids (B, h, w)."""
     inside = mask > 0
-    loss = 2 * F.binary_cross_entropy_with_logits(thing[..., 0], inside.float())
-    kind = mask[inside] - 1
-    if len(kind):
-        loss = loss + F.cross_entropy(shape[inside], kind // 16)
-        loss = loss + F.cross_entropy(material[inside], kind // 8 % 2)
-        loss = loss + F.cross_entropy(colour[inside], kind % 8)
+    loss = 2 * F.binary_cross_entropy_with_logits(thing[:, 0].float(), inside.float())
+    ids = mask[inside] - 1
+    if len(ids):
+        shape, material, colour = at_pixels(kind, inside).float().split(FACTOR_SIZES, dim=1)
+        loss = loss + F.cross_entropy(shape, ids // 16)
+        loss = loss + F.cross_entropy(material, ids // 8 % 2)
+        loss = loss + F.cross_entropy(colour, ids % 8)
     return loss
 
 
@@ -347,7 +354,8 @@ def validate(
         with mixed_precision(device):
             stages = model(images, stages=True)
         for i in range(len(images)):  # so that the mean does not depend on the batches
-            total[0] += loss_function([s[i : i + 1] for s in stages], masks[i : i + 1].long())
+            alone = [only(stage, i) for stage in stages]
+            total[0] += loss_function(alone, masks[i : i + 1].long())
         total[1] += len(images)
         confusion += confusion_matrix(masks, model.labels(stages[-1]))
     processes.add_up(confusion)

@@ -1,6 +1,7 @@
 """What every script needs: errors, seeds, devices, whole-or-not-at-all files, checkpoints, logs."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import random
@@ -14,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-CHECKPOINT_FORMAT = 1  # raised when a key changes its meaning, so that old files can still be read
+CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning; load_checkpoint reads the old ones
 
 
 class UserError(Exception):
@@ -27,6 +28,7 @@ def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None
     `UserError`, `OSError` and the given `errors` become one sentence on stderr and exit status 2;
     Ctrl-C exits with 130. Anything else is a bug and keeps its traceback.
     """
+    keep_freed_memory()
     try:
         sys.exit(main() or 0)
     except (UserError, OSError, *errors) as error:
@@ -45,6 +47,46 @@ def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None
 def _fail(sentence: str) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return 2
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors (glibc; elsewhere a no-op).
+
+    By default it returns every large block to the system and asks for it again at once, and the
+    page faults of that take as long as half of a small network (mallopt(3)).
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def compile_on_gpu(model: torch.nn.Module, frames: torch.Tensor) -> None:
+    """Compile a network for the GPU that it is on, in place; on a CPU it does not pay.
+
+    Where that fails (no compiler, no Triton) the network stays as it is, and a line says why.
+
+    Args:
+        model: called as model(frames, stages=True).
+        frames: a batch as it will come; another size is compiled anew.
+    """
+    if frames.device.type == "cuda":
+        compile_in_place(model, frames)
+
+
+def compile_in_place(model: torch.nn.Module, frames: torch.Tensor) -> None:
+    """Compile a network, whatever it runs on; see `compile_on_gpu`."""
+    model.compile()
+    try:
+        with torch.no_grad(), mixed_precision(frames.device):
+            model(frames, stages=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing Triton, a missing compiler, a bug in either
+        model._compiled_call_impl = None  # what nn.Module.compile has set
+        reason = str(error).strip().splitlines()[0][:160] or type(error).__name__
+        print(f"torch.compile is left out, it is slower without: {reason}", file=sys.stderr)
 
 
 def seed_everything(seed: int) -> None:
@@ -193,6 +235,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no model: give a file that train.py wrote")
     if checkpoint.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by a newer version of this project: update it")
+    if checkpoint.get("format") == 1:  # all stages were blocks
+        checkpoint["model_config"] = {"light": False, **checkpoint["model_config"]}
     return checkpoint
 
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from dataset import NUM_CLASSES, class_id
-from model import CLASSIC, UNet
+from model import CLASSIC, UNet, at_pixels, cell_width
 
 SMALL = {"widths": (8, 12, 16)}
 CONFIGS = {
     "default": SMALL,
     "full resolution stem": {**SMALL, "stem_stride": 1},
     "coarse stem": {**SMALL, "stem_stride": 4},
+    "blocks everywhere": {**SMALL, "blocks": (2, 1, 1), "light": False},
     "classic": {**CLASSIC, "widths": (4, 8, 16)},
     "factored classic": {**CLASSIC, "widths": (4, 8, 16), "factored": True},
     "residual, 49 channels": {**SMALL, "factored": False},
@@ -59,13 +60,14 @@ def test_factored_logits_by_hand():
     outputs[0, material, 0, 0] = torch.tensor([0.0, 0.5])  # rubber
     outputs[0, colour, 0, 0] = torch.tensor([0.0, 0, 0, 0, 3, 0, 0, 1])  # brown
     model.stem_stride = 1
-    model._decode = lambda frames: [(outputs[:, :1], outputs[:, 1:])]
+    stage = outputs[:, :1], outputs[:, 1:]
+    model._decode = lambda frames: [stage]
     logits = model(torch.zeros(1, 3, 1, 3))[0, :, 0]
     assert logits[0].tolist() == [0, 0, 0]  # background
     assert logits[class_id("sphere", "rubber", "brown"), 0] == 2.0
     assert logits[class_id("cylinder", "rubber", "brown"), 0] == 2.0 - 3.0
     assert logits[class_id("cube", "metal", "yellow"), 0] == 2.0 - 4.0 - 0.5 - 2.0
-    assert model.labels(outputs)[0, 0].tolist() == [class_id("sphere", "rubber", "brown"), 0, 1]
+    assert model.labels(stage)[0, 0].tolist() == [class_id("sphere", "rubber", "brown"), 0, 1]
 
 
 def test_bytes_and_floats_are_the_same_frame():
@@ -96,6 +98,14 @@ def test_the_classic_network_is_ronneberger_s():
     assert parameters == pytest.approx(31.0e6, rel=0.01)
 
 
+def test_cells_at_pixels_by_hand():
+    cells = torch.arange(12.0).view(1, 2, 2, 3)  # two channels of 2 x 3 cells of 4 x 4 pixels
+    where = torch.zeros(1, 7, 10, dtype=torch.bool)
+    where[0, 0, 3] = where[0, 3, 4] = where[0, 6, 9] = True
+    assert cell_width(cells, where) == 4
+    assert at_pixels(cells, where).tolist() == [[0, 6], [1, 7], [5, 11]]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_rebuilds_the_model(name):
     model = network(name)
@@ -107,7 +117,8 @@ def test_config_rebuilds_the_model(name):
 
 def test_every_weight_learns():
     model = network("default").train()
-    sum(stage.square().mean() for stage in model(torch.rand(2, 3, 64, 64), stages=True)).backward()
+    stages = model(torch.rand(2, 3, 64, 64), stages=True)
+    sum(part.square().mean() for stage in stages for part in stage).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
 

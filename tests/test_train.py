@@ -184,11 +184,14 @@ def test_loss_by_hand():
     logits[0, 5, 0, 0] = np.log(4)  # p(rubber) = 4 / 5
     logits[0, 6, 0, 0] = np.log(9)  # p(brown) = 1 / 16, gray being 9 times as likely
     expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
-    assert train.loss_function([logits], mask).item() == pytest.approx(expected, rel=1e-6)
+    stage = logits[:, :1], logits[:, 1:]
+    assert train.loss_function([stage], mask).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_loss_of_a_frame_without_objects_is_finite():
-    stages = [torch.zeros(2, 14, 8, 8), torch.zeros(2, 14, 16, 16, requires_grad=True)]
+    coarse = torch.zeros(2, 1, 8, 8), torch.zeros(2, 13, 8, 8)
+    fine = torch.zeros(2, 1, 16, 16, requires_grad=True), torch.zeros(2, 13, 8, 8)
+    stages = [coarse, fine]
     loss = train.loss_function(stages, torch.zeros(2, 16, 16, dtype=torch.int64))
     loss.backward()
     assert loss.isfinite()
@@ -202,7 +205,7 @@ def test_loss_of_frames_of_any_size(size):
     mask[:, 20:] = 30
     stages = model(torch.rand(1, 3, *size), stages=True)
     assert train.loss_function(stages, mask).isfinite()
-    cells = train.subsample(mask, *stages[0].shape[-2:])
+    cells = train.subsample(mask, stages[0][0])
     assert cells.shape == (1, -(-size[0] // 4), -(-size[1] // 4))
     assert cells[0, :, 0].tolist() == [0 if 4 * i + 2 < 20 else 30 for i in range(cells.shape[1])]
 
