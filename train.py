@@ -457,7 +457,8 @@ def main() -> None:
             total_steps=total_steps,
             highest_rate=args.learning_rate,
         )
-        figures["frames_per_s"] = len(batches) * args.batch_size / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        figures["frames_per_s"] = processes.count * figures["frames"] / seconds
         processes.copy_first(average)
         figures |= {"epoch": epoch, **validate(average, val_loader, device, processes)}
         if not math.isfinite(figures["train_loss"]):
