@@ -103,6 +103,17 @@ def frame_paths(video: str | Path) -> list[Path]:
     return [path for _, path in sorted(frames)]
 
 
+def numbering_faults(paths: Sequence[Path]) -> list[str]:
+    """Return what is wrong with the numbers of a video's image_Y.png, a sentence each."""
+    faults = []
+    numbers = {int(FRAME_NAME.fullmatch(path.name)[1]) for path in paths}
+    if names := _few(f"image_{n}.png" for n in range(max(numbers, default=1)) if n not in numbers):
+        faults.append(f"missing frame: {names}.")
+    if len(numbers) < len(paths):
+        faults.append("two frames have the same number.")
+    return faults
+
+
 def read_frame(path: str | Path) -> Tensor:
     """Return one picture as uint8 (3, H, W), RGB. Raises DataError if it cannot be decoded."""
     try:
@@ -180,11 +191,7 @@ def _load_video(video: Path) -> tuple[VideoReport, np.ndarray | None]:
 
     paths = attempt(frame_paths, video) or []
     report.frames = len(paths)
-    numbers = {int(FRAME_NAME.fullmatch(path.name)[1]) for path in paths}
-    if names := _few(f"image_{n}.png" for n in range(max(numbers, default=1)) if n not in numbers):
-        report.faults.append(f"missing frame: {names}.")
-    if len(numbers) < len(paths):
-        report.faults.append("two frames have the same number.")
+    report.faults += numbering_faults(paths)
     frames = [frame for path in paths if (frame := attempt(read_frame, path)) is not None]
     sizes = list(dict.fromkeys(tuple(frame.shape[1:]) for frame in frames))
     report.size = sizes[0] if sizes else None

@@ -32,13 +32,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from dataset import FRAME_NAME, CLEVRDataset, DataError, find_videos, frame_paths, read_mask
+from dataset import (
+    CLEVRDataset,
+    DataError,
+    find_videos,
+    frame_paths,
+    numbering_faults,
+    read_mask,
+)
 from model import FACTOR_SIZES, UNet
 from utils import (
     Processes,
     UserError,
     atomic_write,
     choose_device,
+    compile_network,
     load_model,
     log_header,
     mixed_precision,
@@ -49,6 +57,8 @@ NUM_KINDS = math.prod(FACTOR_SIZES)  # 48 classes of objects
 SAMPLE = 8192  # object pixels of a video that its classes are estimated from
 ROUNDS = 50  # of that estimate; stray classes fade slowly, fewer than 20 leave some
 DOUBTFUL = 30  # object pixels, in all frames together, that halve the doubt in a class
+FRAME_SIZE = 160, 240  # of most CLEVR videos, which --compile makes ready for
+LANES = 2  # batches at once on a CPU: much of a small network leaves a second core idle
 UNWRITTEN = 16  # masks that may wait for the disk
 WRITERS = 4  # threads; each mask waits for its own flush to the disk
 
@@ -91,14 +101,10 @@ def plan(data: Path, out: Path) -> dict[Path, Path]:
 def fault_of(video: Path) -> str | None:
     """Return what is wrong with the numbers of a video's frames, in a sentence, or None."""
     try:
-        numbers = [int(FRAME_NAME.fullmatch(path.name)[1]) for path in frame_paths(video)]
+        faults = numbering_faults(frame_paths(video))
     except DataError as error:
         return str(error)
-    for expected, number in enumerate(numbers):
-        if number != expected:
-            what = "missing, add it" if number > expected else "there twice, remove one"
-            return f"{video}: image_{min(expected, number)}.png is {what} or remove the video."
-    return None
+    return f"{video}: {' '.join(faults)} Mend that or remove the video." if faults else None
 
 
 def unfinished(targets: dict[Path, Path]) -> dict[Path, Path]:
@@ -161,13 +167,29 @@ def look(model: UNet, frames: Tensor, consistency: bool) -> list[Frame]:
 def predict(
     model: UNet, batches: Iterable[Batch], device: torch.device, consistency: bool
 ) -> Iterator[Frame]:
-    """Yield what the network makes of each frame, in order."""
-    for stacks, faults in batches:
+    """Yield what the network makes of each frame, in order, a few batches ahead."""
+
+    def label(stacks: list[tuple[list[int], Tensor]], faults: dict[int, str]) -> list[Frame]:
         found: dict[int, Frame] = dict(faults)
         for positions, frames in stacks:
             frames = frames.to(device, non_blocking=device.type == "cuda")  # bytes
             found.update(zip(positions, look(model, frames, consistency), strict=True))
-        yield from (found[i] for i in range(len(found)))
+        return [found[i] for i in range(len(found))]
+
+    threads = torch.get_num_threads()
+    lanes = 1 if device.type == "cuda" else min(LANES, threads)
+    torch.set_num_threads(threads // lanes)
+    try:
+        with ThreadPoolExecutor(lanes) as pool:
+            ahead: deque[Future] = deque()
+            for stacks, faults in batches:
+                ahead.append(pool.submit(label, stacks, faults))
+                if len(ahead) > lanes:
+                    yield from ahead.popleft().result()
+            for labelled in ahead:
+                yield from labelled.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def membership(channels: int) -> Tensor:
@@ -311,6 +333,9 @@ def main() -> int:
         print(log_header(device), flush=True)
     model, checkpoint = load_model(UNet, args.ckpt)
     model = model.to(device, memory_format=torch.channels_last).eval().fuse()
+    if args.compile:
+        size = (args.batch_size, 3, *FRAME_SIZE)
+        compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
     data = find_data(args.data, checkpoint, args.ckpt)
     targets = plan(data, args.out)
     targets = dict(list(targets.items())[processes.rank :: processes.count])
@@ -358,6 +383,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=_positive, default=22, help="frames at once (default: 22, one video)")
     add("--workers", type=_count, help="processes that decode frames; 0 for none beside this one")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add("--no-consistency", action="store_true", help="label each frame by itself")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
     return parser.parse_args()

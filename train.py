@@ -17,7 +17,8 @@ import csv
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from utils import (
     Processes,
     UserError,
     choose_device,
+    compile_network,
     has_bfloat16,
     load_checkpoint,
     load_model,
@@ -76,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
     add("--workers", type=int, default=0, help="processes that read frames (default %(default)s)")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
+    add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--widths", type=int, nargs="+", help="channels of each stage of the UNet")
     size.add_argument(
@@ -290,10 +293,25 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
             mean.copy_(value)
 
 
+def in_background(batches: Iterable, prepare: Callable) -> Iterator[Any]:
+    """Yield prepare(*batch) of each batch, made in a thread while the one before is learnt from."""
+    rest = iter(batches)
+
+    def make_next() -> Any:
+        batch = next(rest, None)
+        return None if batch is None else prepare(*batch)
+
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        coming = pool.submit(make_next)
+        while (prepared := coming.result()) is not None:
+            coming = pool.submit(make_next)
+            yield prepared
+
+
 def train_one_epoch(
     model: nn.Module,
     average: UNet,
-    loader: DataLoader,
+    loader: Iterable,
     augment: Callable,
     optimizer: MuonAdamW,
     device: torch.device,
@@ -307,15 +325,20 @@ def train_one_epoch(
         train_loss (mean), lr (the last), frames (seen by this process), waiting (share of the
         time that went into waiting for data).
     """
+
+    def prepare(images: Tensor, masks: Tensor) -> tuple[int, Image, Mask]:
+        images = Image(images.to(device, non_blocking=True))
+        masks = Mask(masks.to(device, non_blocking=True))
+        return len(images), *augment(images, masks)
+
     model.train()
     losses, frames, waited = [], 0, 0.0
     start = asked = time.perf_counter()
-    bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
-    for step, (images, masks) in enumerate(bar, first_step):
+    length = len(loader) if hasattr(loader, "__len__") else None
+    batches = in_background(loader, prepare)
+    bar = tqdm(batches, "training", length, leave=False, disable=None, unit="batch")
+    for step, (number, crops, targets) in enumerate(bar, first_step):
         waited += time.perf_counter() - asked
-        images = images.to(device, non_blocking=True)
-        masks = masks.to(device, non_blocking=True)
-        crops, targets = augment(Image(images), Mask(masks))
         with mixed_precision(device):
             stages = model(crops, stages=True)
         loss = loss_function(stages, targets.long())
@@ -325,7 +348,7 @@ def train_one_epoch(
         optimizer.step(rate)
         update_average(average, model.module if hasattr(model, "module") else model, step)
         losses.append(loss.detach())
-        frames += len(images)
+        frames += number
         asked = time.perf_counter()
         if step % 10 == 0:
             seconds = asked - start
@@ -419,12 +442,18 @@ def main() -> None:
     augment = whole_frames if args.classic else augmentation(CROPS_PER_FRAME)
 
     model = build_model(args).to(device)
+    if device.type == "cuda":  # on a CPU the convolutions choose their own format
+        model = model.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = MuonAdamW(model, muon=not args.classic)
     completed, best = 0, -1.0
     last = args.out / "Unet_checkpoint_last.pt"
     if args.resume and last.exists():
         completed, best = resume(last, model, average, optimizer)
+    if args.compile:
+        images, masks = training.__getitems__(next(iter(batches)))
+        images, _ = augment(Image(images.to(device)), Mask(masks.to(device)))
+        compile_network(model.train(), images)
     parallel = DistributedDataParallel(model) if processes.count > 1 else model
 
     total_steps = args.num_epochs * len(batches)

@@ -1,6 +1,7 @@
 """What every script needs: errors, seeds, devices, whole-or-not-at-all files, checkpoints, logs."""
 
 import contextlib
+import copy
 import ctypes
 import os
 import platform
@@ -62,31 +63,28 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def compile_on_gpu(model: torch.nn.Module, frames: torch.Tensor) -> None:
-    """Compile a network for the GPU that it is on, in place; on a CPU it does not pay.
-
-    Where that fails (no compiler, no Triton) the network stays as it is, and a line says why.
+def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
+    """Compile a network in place; where that fails, say why in a line and leave it as it is.
 
     Args:
-        model: called as model(frames, stages=True).
-        frames: a batch as it will come; another size is compiled anew.
+        model: called as model(frames, stages=True); if it is in training, so is its backward.
+        frames: a batch as it will come; other sizes are compiled when they come.
     """
-    if frames.device.type == "cuda":
-        compile_in_place(model, frames)
-
-
-def compile_in_place(model: torch.nn.Module, frames: torch.Tensor) -> None:
-    """Compile a network, whatever it runs on; see `compile_on_gpu`."""
-    model.compile()
+    trial = copy.deepcopy(model)  # its batch statistics change
+    trial.compile()
     try:
-        with torch.no_grad(), mixed_precision(frames.device):
-            model(frames, stages=True)
+        with mixed_precision(frames.device), torch.inference_mode(not model.training):
+            stages = trial(frames, stages=True)
+        if model.training:
+            pairs = ([stage] if isinstance(stage, torch.Tensor) else stage for stage in stages)
+            sum(part.float().mean() for pair in pairs for part in pair).backward()
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # a missing Triton, a missing compiler, a bug in either
-        model._compiled_call_impl = None  # what nn.Module.compile has set
-        reason = str(error).strip().splitlines()[0][:160] or type(error).__name__
-        print(f"torch.compile is left out, it is slower without: {reason}", file=sys.stderr)
+    except Exception as error:  # no compiler, no Triton, a bug in one of them
+        reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
+        print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
+    else:
+        model.compile()
 
 
 def seed_everything(seed: int) -> None:

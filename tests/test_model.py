@@ -1,10 +1,15 @@
 """What the network promises: shapes, labels that are the argmax, and the classic configuration."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
+from torch._inductor import config as inductor_config
 
 from dataset import NUM_CLASSES, class_id
 from model import CLASSIC, UNet, at_pixels, cell_width
+from utils import compile_network
 
 SMALL = {"widths": (8, 12, 16)}
 CONFIGS = {
@@ -104,6 +109,30 @@ def test_cells_at_pixels_by_hand():
     where[0, 0, 3] = where[0, 3, 4] = where[0, 6, 9] = True
     assert cell_width(cells, where) == 4
     assert at_pixels(cells, where).tolist() == [[0, 6], [1, 7], [5, 11]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiling_changes_nothing(monkeypatch, training):
+    """With the tracer of torch.compile, but no code generator, which would take a minute."""
+    model = network("default").train(training)
+    frames = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    expected = copy.deepcopy(model).eval().predict(frames)
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend="eager"))
+    compile_network(model, frames)
+    assert model._compiled_call_impl is not None
+    assert torch.equal(model.eval().predict(frames), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@inductor_config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+def test_without_a_compiler_the_network_stays_as_it_is(capsys, training):
+    model = network("default").train(training)
+    frames = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    compile_network(model, frames)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("--compile is left out")
+    assert len(model(frames, stages=True)) == 2
+    assert model._compiled_call_impl is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
