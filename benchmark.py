@@ -53,7 +53,7 @@ from model import CLASSIC, UNet
 
 SIZE = (160, 240)  # height and width of a frame
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
-SCRIPT_SECONDS = 15.0  # of one turn of a script, so that its start-up does not count
+SCRIPT_SECONDS = 10.0  # of one turn of a script, so that its start-up does not count
 MEMORY_VIDEOS = (20, 2000)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 INFER_BATCH, TRAIN_BATCH, LEARNING_RATE = 22, 16, 4e-3  # the defaults of infer.py and train.py

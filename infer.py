@@ -20,16 +20,17 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from dataset import (
@@ -54,11 +55,11 @@ from utils import (
 )
 
 NUM_KINDS = math.prod(FACTOR_SIZES)  # 48 classes of objects
-SAMPLE = 8192  # object pixels of a video that its classes are estimated from
+SAMPLE = 2048  # object pixels of a video that its classes are estimated from
 ROUNDS = 50  # of that estimate; stray classes fade slowly, fewer than 20 leave some
 DOUBTFUL = 30  # object pixels, in all frames together, that halve the doubt in a class
 FRAME_SIZE = 160, 240  # of most CLEVR videos, which --compile makes ready for
-LANES = 2  # batches at once on a CPU: much of a small network leaves a second core idle
+LANES = 16  # batches at once on a CPU, at most
 UNWRITTEN = 16  # masks that may wait for the disk
 WRITERS = 4  # threads; each mask waits for its own flush to the disk
 
@@ -147,10 +148,10 @@ class Frames(CLEVRDataset):
 def default_workers(device: torch.device) -> int:
     """Return how many processes decode PNGs, at about 1,000 frames/s each.
 
-    A GPU labels faster than many can decode; on a CPU they take from the network's time.
+    A GPU labels faster than many can decode; on a CPU each core decodes what it labels.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cpus if device.type == "cuda" else 1 + cpus // 8)
+    return min(16, cpus) if device.type == "cuda" else 0
 
 
 @torch.inference_mode()
@@ -165,11 +166,19 @@ def look(model: UNet, frames: Tensor, consistency: bool) -> list[Frame]:
 
 
 def predict(
-    model: UNet, batches: Iterable[Batch], device: torch.device, consistency: bool
+    model: UNet,
+    batches: Iterable[Any],
+    read: Callable[[Any], Batch],
+    device: torch.device,
+    consistency: bool,
 ) -> Iterator[Frame]:
-    """Yield what the network makes of each frame, in order, a few batches ahead."""
+    """Yield what the network makes of each frame of read(batch), in order.
 
-    def label(stacks: list[tuple[list[int], Tensor]], faults: dict[int, str]) -> list[Frame]:
+    On a CPU each core reads and labels batches of its own: that loses less than sharing one.
+    """
+
+    def label(batch: Any) -> list[Frame]:
+        stacks, faults = read(batch)
         found: dict[int, Frame] = dict(faults)
         for positions, frames in stacks:
             frames = frames.to(device, non_blocking=device.type == "cuda")  # bytes
@@ -178,12 +187,12 @@ def predict(
 
     threads = torch.get_num_threads()
     lanes = 1 if device.type == "cuda" else min(LANES, threads)
-    torch.set_num_threads(threads // lanes)
+    torch.set_num_threads(threads // lanes)  # of this thread and of those to come
     try:
         with ThreadPoolExecutor(lanes) as pool:
             ahead: deque[Future] = deque()
-            for stacks, faults in batches:
-                ahead.append(pool.submit(label, stacks, faults))
+            for batch in batches:
+                ahead.append(pool.submit(label, batch))
                 if len(ahead) > lanes:
                     yield from ahead.popleft().result()
             for labelled in ahead:
@@ -291,20 +300,23 @@ def label_videos(
     if not videos:
         return 0, 0, list(faults.values())
     dataset = Frames(videos)
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=SequentialSampler(dataset),
-        num_workers=workers,
-        collate_fn=CLEVRDataset.collate,
-        pin_memory=device.type == "cuda",
-    )
+    batches: Iterable = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
+    read = dataset.__getitems__
+    if workers or device.type == "cuda":
+        batches = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=CLEVRDataset.collate,
+            pin_memory=device.type == "cuda",
+        )
+        read = CLEVRDataset.collate  # they come as they are to be
     numbers = dataset.index[:, 0]  # the position in `videos` of each frame's video
     done = frames = 0
     progress = tqdm(total=len(dataset), unit="frame", disable=None)  # none in a log file
     unwritten: deque[Future] = deque()
     with progress, ThreadPoolExecutor(WRITERS) as pool:
-        labelled = zip(numbers, predict(model, loader, device, consistency), strict=True)
+        labelled = zip(numbers, predict(model, batches, read, device, consistency), strict=True)
         for number, group in groupby(labelled, key=lambda item: item[0]):
             found = [frame for _, frame in group]
             video = videos[number]
@@ -381,7 +393,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the masks")
     add("--data", type=Path, help="folder of videos (default: what the weights were trained on)")
     add("--batch-size", type=_positive, default=22, help="frames at once (default: 22, one video)")
-    add("--workers", type=_count, help="processes that decode frames; 0 for none beside this one")
+    add("--workers", type=_count, help="processes that decode frames; 0: this one alone")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add("--no-consistency", action="store_true", help="label each frame by itself")

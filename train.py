@@ -18,7 +18,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -293,21 +292,6 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
             mean.copy_(value)
 
 
-def in_background(batches: Iterable, prepare: Callable) -> Iterator[Any]:
-    """Yield prepare(*batch) of each batch, made in a thread while the one before is learnt from."""
-    rest = iter(batches)
-
-    def make_next() -> Any:
-        batch = next(rest, None)
-        return None if batch is None else prepare(*batch)
-
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        coming = pool.submit(make_next)
-        while (prepared := coming.result()) is not None:
-            coming = pool.submit(make_next)
-            yield prepared
-
-
 def train_one_epoch(
     model: nn.Module,
     average: UNet,
@@ -325,20 +309,15 @@ def train_one_epoch(
         train_loss (mean), lr (the last), frames (seen by this process), waiting (share of the
         time that went into waiting for data).
     """
-
-    def prepare(images: Tensor, masks: Tensor) -> tuple[int, Image, Mask]:
-        images = Image(images.to(device, non_blocking=True))
-        masks = Mask(masks.to(device, non_blocking=True))
-        return len(images), *augment(images, masks)
-
     model.train()
     losses, frames, waited = [], 0, 0.0
     start = asked = time.perf_counter()
-    length = len(loader) if hasattr(loader, "__len__") else None
-    batches = in_background(loader, prepare)
-    bar = tqdm(batches, "training", length, leave=False, disable=None, unit="batch")
-    for step, (number, crops, targets) in enumerate(bar, first_step):
+    bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
+    for step, (images, masks) in enumerate(bar, first_step):
         waited += time.perf_counter() - asked
+        images = images.to(device, non_blocking=True)
+        masks = masks.to(device, non_blocking=True)
+        crops, targets = augment(Image(images), Mask(masks))
         with mixed_precision(device):
             stages = model(crops, stages=True)
         loss = loss_function(stages, targets.long())
@@ -348,7 +327,7 @@ def train_one_epoch(
         optimizer.step(rate)
         update_average(average, model.module if hasattr(model, "module") else model, step)
         losses.append(loss.detach())
-        frames += number
+        frames += len(images)
         asked = time.perf_counter()
         if step % 10 == 0:
             seconds = asked - start

@@ -136,10 +136,17 @@ def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network
         assert_labels_of(found[f"{video}/mask.npy"], data / video, network)
 
 
+@pytest.mark.parametrize("threads", [1, 4])  # of which two label batches of their own
 @pytest.mark.parametrize("batch_size", [1, 4, 22, 64])
-def test_batch_size_never_mixes_frames(run, tmp_path, data, ckpt, network, batch_size):
+def test_batch_size_never_mixes_frames(run, tmp_path, data, ckpt, network, batch_size, threads):
     write_video(data / "a/video_5", 2, size=(24, 16), seed=4)  # between the others
-    status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", "--batch-size", batch_size)
+    torch.set_num_threads(threads)
+    try:
+        result = run("--ckpt", ckpt, "--out", tmp_path / "out", "--batch-size", batch_size)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    status, _, err = result
     assert (status, err) == (0, "")
     found = masks_below(tmp_path / "out")
     assert len(found) == 4

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.io import write_png
 
 import train
-from dataset import DataError, class_id
+from dataset import class_id
 from evaluate import confusion_matrix, summarise
 from model import UNet
 from render import render_video
@@ -320,15 +320,3 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, needle, tmp_path):
 def test_summary_of_validation_is_evaluate_s():
     truth, pred = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2])
     assert summarise(confusion_matrix(truth, pred))["miou"] == pytest.approx((1 + 0.5 + 0.5) / 3)
-
-
-def test_batches_made_in_the_background_come_in_order_and_so_do_errors():
-    def prepare(number):
-        if number == 3:
-            raise DataError("image_3.png: unreadable")
-        return 10 * number
-
-    batches = train.in_background(((k,) for k in range(5)), prepare)
-    assert [next(batches) for _ in range(3)] == [0, 10, 20]
-    with pytest.raises(DataError, match="image_3"):
-        next(batches)
