@@ -186,7 +186,7 @@ def test_faulty_videos_are_named_and_the_others_done(run, tmp_path, data, ckpt, 
     assert "4 videos skipped" in err
     for named in (
         "video_3/image_2.png",
-        "video_4: image_1.png is missing",
+        "video_4: missing frame: image_1.png",
         "video_5: its frames are of different sizes, 48 x 32 and 8 x 8",
         "video_6/image_0.png",
     ):
