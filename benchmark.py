@@ -366,6 +366,7 @@ def network_peak(name: str, training: bool, batch_size: int, device: torch.devic
 def infer_peak(arguments: list[str]) -> int:
     """Return the peak of a process that runs infer.py, and of the largest that decodes for it."""
     sys.argv = ["infer.py", *arguments]
+    utils.keep_freed_memory()  # as its run_script does
     infer.main()
     workers = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak_memory(torch.device("cpu")) + workers

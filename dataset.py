@@ -453,15 +453,16 @@ class RandomCamera(v2.Transform):
             shape = (len(x), channels, 1, 1)
             return low + (high - low) * torch.rand(shape, device=x.device)
 
-        grey = x.mean(dim=1, keepdim=True)
-        x = grey + (x - grey) * uniform(0.75, 1.25)
+        x = torch.lerp(x.mean(dim=1, keepdim=True), x, uniform(0.75, 1.25))  # saturation
         mean = x.mean(dim=(1, 2, 3), keepdim=True)
-        x = (x - mean) * uniform(0.8, 1.2) + mean * uniform(0.85, 1.15)
-        x = x * uniform(0.96, 1.04, channels=3)
+        contrast, exposure = uniform(0.8, 1.2), uniform(0.85, 1.15)
+        balance = uniform(0.96, 1.04, channels=3)
+        x = torch.addcmul(mean * (exposure - contrast) * balance, x, contrast * balance)
         blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        x = x + (blurred - x) * uniform(-0.3, 0.6)
-        x = x + torch.randn_like(x) * uniform(0, 0.012)
-        return Image(x.clamp(0, 1))
+        x = torch.lerp(x, blurred, uniform(-0.3, 0.6)).addcmul_(
+            torch.randn_like(x), uniform(0, 0.012)
+        )
+        return Image(x.clamp_(0, 1))
 
 
 def augmentation(crops: int = 4, size: int = 96) -> v2.Transform:

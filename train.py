@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add("--num-epochs", type=int, help="passes over the data (default: 5, or 30 with --init)")
+    add("--num-epochs", type=int, help="passes over the data (default: 8, or 30 with --init)")
     add("--batch-size", type=int, default=16, help="frames a step (default %(default)s)")
     add("--learning-rate", type=float, help="highest (default: 4e-3, or 1e-3 with --init)")
     add("--init", type=Path, help="start from the weights of this checkpoint")
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.num_epochs is None:
-        args.num_epochs = 30 if args.init else 5
+        args.num_epochs = 30 if args.init else 8
     if args.learning_rate is None:
         args.learning_rate = 1e-3 if args.init or args.classic else 4e-3
     for name in ("num_epochs", "batch_size", "learning_rate"):
