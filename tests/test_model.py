@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 
 from dataset import NUM_CLASSES, class_id
 from model import CLASSIC, UNet, at_pixels, cell_width
-from utils import compile_network
+from utils import compile_network, load_model
 
 SMALL = {"widths": (8, 12, 16)}
 CONFIGS = {
@@ -142,6 +142,15 @@ def test_config_rebuilds_the_model(name):
     twin.load_state_dict(model.state_dict())
     frames = torch.rand(1, 3, 32, 32)
     assert torch.equal(model.predict(frames), twin.predict(frames))
+
+
+def test_checkpoints_of_before_light_networks_load(tmp_path):
+    model = UNet(**SMALL, light=False).eval()
+    config = {name: value for name, value in model.config.items() if name != "light"}
+    torch.save({"format": 1, "model": model.state_dict(), "model_config": config}, tmp_path / "old")
+    loaded, _ = load_model(UNet, tmp_path / "old")
+    frames = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded.eval().predict(frames), model.predict(frames))
 
 
 def test_every_weight_learns():
