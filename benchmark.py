@@ -51,7 +51,7 @@ import utils
 from dataset import NUM_CLASSES, CLEVRDataset, DataError, augmentation, find_videos, frame_paths
 from model import CLASSIC, UNet
 
-SIZE = (160, 240)  # height and width of a frame
+SIZE = infer.FRAME_SIZE
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
 SCRIPT_SECONDS = 10.0  # of one turn of a script, so that its start-up does not count
 MEMORY_VIDEOS = (20, 2000)
