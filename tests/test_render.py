@@ -1,7 +1,6 @@
-"""Scenes: repeatable, lifelike where it can be counted, exact where it can be worked out."""
+"""Rendered videos: repeatable, with masks that fit, and files that appear whole or not at all."""
 
 import hashlib
-import math
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 import render
+import scene
 from dataset import class_id
 from utils import run_script
 
@@ -36,73 +36,6 @@ def digest(folder):
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
-
-
-def one_object(shape, turn=0.0):
-    """A scene of one frame with one object of the given shape row at (0, 10)."""
-    rng = np.random.default_rng(0)
-    scene = render.make_scene(rng, (1, 1), 1, 240, "cpu")
-    return scene._replace(
-        centre=torch.tensor([[[0.0, 10.0, render.HEIGHT[shape]]]], dtype=torch.float32),
-        turn=torch.tensor([[[math.cos(turn), math.sin(turn)]]]),
-        half=torch.tensor(render.HALF[shape : shape + 1], dtype=torch.float32),
-        radius=torch.tensor(render.RADIUS[shape : shape + 1], dtype=torch.float32),
-        round=torch.tensor([1.0 if shape == 1 else 0.0]),
-        reach=torch.tensor(render.REACH[shape : shape + 1], dtype=torch.float32),
-    )
-
-
-def hit(scene, origin, direction):
-    ray = render.Rays(
-        torch.tensor([origin], dtype=torch.float32),
-        render.unit(torch.tensor([direction], dtype=torch.float32)),
-        torch.zeros(1, dtype=torch.long),
-    )
-    which = torch.zeros(1, dtype=torch.long)
-    t = render.intersect(scene, ray, which)
-    if not t.isfinite():
-        return math.inf, None
-    point = ray.origin + t[:, None] * ray.direction
-    return t.item(), render.surface_normal(scene, point, ray.frame, which)[0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("shape", "turn", "origin", "direction", "distance", "normal"),
-    [
-        (1, 0, (0, 0, 0.405), (0, 1, 0), 10 - 0.405, (0, -1, 0)),
-        (1, 0, (0, 10, 5), (0, 0, -1), 5 - 0.81, (0, 0, 1)),
-        (2, 0, (0, 0, 0.3), (0, 1, 0), 10 - 0.42, (0, -1, 0)),
-        (2, 0, (0.1, 10, 5), (0, 0, -1), 5 - 0.79, (0, 0, 1)),
-        (0, 0, (0.1, 0, 0.3), (0, 1, 0), 10 - 0.39, (0, -1, 0)),
-        (0, 0, (0.1, 10, 5), (0, 0, -1), 5 - 0.78, (0, 0, 1)),
-        # A cube turned by 45 degrees: a ray from (0, 0) reaches the face x - y at 0.2 to the side.
-        (
-            0,
-            math.pi / 4,
-            (0.2, 0, 0.3),
-            (0, 1, 0),
-            10 - (0.39 * math.sqrt(2) - 0.2),
-            (math.sqrt(0.5), -math.sqrt(0.5), 0),
-        ),
-    ],
-)
-def test_ray_hits_where_worked_by_hand(shape, turn, origin, direction, distance, normal):
-    t, n = hit(one_object(shape, turn), origin, direction)
-    assert t == pytest.approx(distance, abs=1e-4)
-    assert n == pytest.approx(normal, abs=1e-4)
-
-
-@pytest.mark.parametrize("shape", [0, 1, 2])
-def test_ray_misses_beside_above_and_behind(shape):
-    scene = one_object(shape)
-    assert hit(scene, (0.5, 0, 0.3), (0, 1, 0))[0] == math.inf
-    assert hit(scene, (0, 0, 0.9), (0, 1, 0))[0] == math.inf
-    assert hit(scene, (0, 0, 0.3), (0, -1, 0))[0] == math.inf
-
-
-def test_cylinder_corner_is_no_cube_corner():
-    assert hit(one_object(0), (0.35, 9.65, 5), (0, 0, -1))[0] < math.inf
-    assert hit(one_object(2), (0.35, 9.65, 5), (0, 0, -1))[0] == math.inf
 
 
 def test_same_seed_same_video_other_seed_another(video):
@@ -138,7 +71,7 @@ def test_masks_agree_with_colours(monkeypatch):
     """Inside its mask a red rubber sphere is red; outside the ground is grey."""
     kinds = [class_id("sphere", "rubber", "red") - 1, class_id("cube", "rubber", "blue") - 1]
     spots = np.array([[[-1.5, 10.0], [1.5, 10.0]]])
-    monkeypatch.setattr(render, "simulate", lambda *_: (spots, np.zeros((1, 2)), np.arange(2)))
+    monkeypatch.setattr(scene, "simulate", lambda *_: (spots, np.zeros((1, 2)), np.arange(2)))
     real = np.random.default_rng
 
     class Picks:
@@ -164,18 +97,6 @@ def test_masks_agree_with_colours(monkeypatch):
     assert 14 <= columns.max() - columns.min() <= 28
     assert abs((columns.max() - columns.min()) - (rows.max() - rows.min())) <= 4
     assert columns.float().mean() < 120
-
-
-def test_objects_never_interpenetrate():
-    rng = np.random.default_rng(1)
-    radii = render.FOOTPRINT[rng.integers(0, 3, 14)]
-    position, angle, kept = render.simulate(rng, radii, 22)
-    assert position.shape == (22, len(kept), 2)
-    assert angle.shape == (22, len(kept))
-    distance = np.linalg.norm(position[:, :, None] - position[:, None], axis=-1)
-    gap = distance - radii[kept][:, None] - radii[kept] + 9 * np.eye(len(kept))
-    assert gap.min() > -1e-3
-    assert np.abs(np.diff(position, axis=0)).max() > 0.1, "something should move"
 
 
 def test_layout_reads_back_and_holds_no_kind_twice(rendered):

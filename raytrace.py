@@ -1,0 +1,312 @@
+"""What a camera sees of a scene: exact masks, and pictures by ray tracing in plain PyTorch.
+
+Vectors are (M, 3); a pair is a ray and an object that it may hit.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from scene import LAMP_RADIUS, Scene, dot, unit
+
+BEVEL = 0.06  # how far from an edge its rounding begins
+LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance of each lamp in metal
+AMBIENT, BOUNCE = 0.07, 0.24  # light from everywhere above, and from the ground below
+RUBBER, METAL = 1.08, 0.96  # share of light that comes back, relative to the ground
+SKY, HAZE, HAZE_WIDTH = 0.022, 0.08, 0.5  # metal sees a dark sky, brighter far ahead (radians)
+GLINT_WIDTH, GLOW, GLOW_WIDTH = 0.07, 0.12, 0.45  # radians; a lamp's image and its halo
+BLUR = 0.42  # pixels, standard deviation: the real frames were halved from compressed video
+NOISE = 0.45  # 8-bit steps, standard deviation
+CELL = 4  # pixels: the side of the blocks of rays that are first tested against objects
+SAMPLES = 6  # points on a lamp that each ground pixel looks at
+
+
+class Rays(NamedTuple):
+    """M rays."""
+
+    origin: Tensor  # (M, 3)
+    direction: Tensor  # (M, 3) of length 1
+    frame: Tensor  # (M,)
+
+    def take(self, index: Tensor) -> "Rays":
+        """Return the rays at `index`."""
+        return Rays(*(field[index] for field in self))
+
+
+def near(
+    scene: Scene, rays: Rays, slack: Tensor | float = 0.0, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices of rays and of objects whose bounding sphere they miss by less than `slack` (M,).
+
+    `skip` (M,) is the object that a ray starts on; being convex it is never met again. -1: none.
+    """
+    to = scene.centre[rays.frame] - rays.origin[:, None]  # (M, N, 3)
+    along = dot(to, rays.direction[:, None])
+    reach = scene.reach + torch.as_tensor(slack, device=to.device).view(-1, 1)
+    hit = (dot(to, to) - along * along < reach * reach) & (along > -reach)
+    if skip is not None:
+        hit &= torch.arange(len(scene.reach), device=to.device) != skip[:, None]
+    return hit.nonzero(as_tuple=True)
+
+
+def turned(
+    scene: Scene, vector: Tensor, frame: Tensor, which: Tensor, back: bool = False
+) -> Tensor:
+    """Turn world vectors into the axes of objects `which` (M,), or back."""
+    cos, sin = scene.turn[frame, which].unbind(-1)
+    sin = sin if back else -sin
+    x, y, z = vector.unbind(-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+
+
+def intersect(scene: Scene, rays: Rays, which: Tensor) -> Tensor:
+    """Distance (M,) along each ray to its object `which` (M,), infinite where it misses.
+
+    It is 0 for a ray that starts inside, as from the ground below an object. Every shape is an
+    intersection of slabs and a quadric. A ray is inside each of them on one interval, and hits if
+    it enters the last before it leaves the first (Kay and Kajiya, 1986).
+    """
+    p = turned(scene, rays.origin - scene.centre[rays.frame, which], rays.frame, which)
+    d = turned(scene, rays.direction, rays.frame, which)
+    inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
+    extent = scene.half[which] * inverse.abs()
+    enter, leave = (-p * inverse - extent).unbind(-1), (-p * inverse + extent).unbind(-1)
+    (px, py, pz), (dx, dy, dz) = p.unbind(-1), d.unbind(-1)
+    pz, dz = pz * scene.round[which], dz * scene.round[which]  # an upright cylinder ignores z
+    a = (dx * dx + dy * dy + dz * dz).clamp(min=1e-12)
+    b = px * dx + py * dy + pz * dz
+    c = px * px + py * py + pz * pz - scene.radius[which] ** 2
+    root = (b * b - a * c).clamp(min=0).sqrt()  # 0 where it misses: an empty interval
+    first, last = (-b - root) / a, (root - b) / a
+    for k in range(3):
+        first, last = torch.maximum(first, enter[k]), torch.minimum(last, leave[k])
+    return torch.where((first < last) & (last > 0), first.clamp(min=0), math.inf)
+
+
+def first_hit(scene: Scene, rays: Rays, ray: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (M,) to the nearest hit among the pairs (ray, which), and the object or -1."""
+    t = intersect(scene, rays.take(ray), which)
+    nearest = torch.full_like(rays.origin[:, 0], math.inf).scatter_reduce(0, ray, t, "amin")
+    best = t.isfinite() & (t == nearest[ray])
+    hit = torch.full_like(rays.frame, -1)
+    hit[ray[best]] = which[best]
+    return nearest, hit
+
+
+def surface_normal(scene: Scene, point: Tensor, frame: Tensor, which: Tensor) -> Tensor:
+    """Outward normals at points on objects. Edges of cubes and cylinders are rounded."""
+    p = turned(scene, point - scene.centre[frame, which], frame, which)
+    flat = p.sign() * (p.abs() - scene.half[which] + BEVEL).clamp(min=0)
+    ring = torch.linalg.vector_norm(p[:, :2], dim=-1).clamp(min=1e-6)
+    side = p[:, :2] * ((ring - scene.radius[which] + BEVEL).clamp(min=0) / ring)[:, None]
+    normal = torch.where(scene.round[which][:, None] > 0, p, flat + F.pad(side, (0, 1)))
+    return turned(scene, unit(normal), frame, which, back=True)
+
+
+def lamp_light(scene: Scene, lamp: int, point: Tensor, normal: Tensor) -> Tensor:
+    """Light (M, 3) from a lamp in plain view: cosines at both ends, inverse square."""
+    to = scene.lamp[lamp] - point
+    cosines = dot(to, normal).clamp(min=0) * (-dot(to, scene.facing[lamp])).clamp(min=0)
+    return (cosines / dot(to, to) ** 2)[..., None] * scene.power[lamp]
+
+
+def ambient(point: Tensor, normal: Tensor) -> Tensor:
+    """Light (M, 3) from the sky above and, where the surface faces down, from the ground.
+
+    What faces down close to the ground sees it dark, in the object's own shade.
+    """
+    up = 0.5 + 0.5 * normal[..., 2:].expand_as(normal)
+    lit = 1 - (-normal[..., 2:]).clamp(min=0) * (1 - point[..., 2:] / 0.4).clamp(0, 1)
+    return AMBIENT * up + BOUNCE * lit * (1 - up)
+
+
+def contact_shade(scene: Scene, ground: Tensor, frames: Tensor) -> Tensor:
+    """Share of light (len(frames), pixels, 1) that objects standing nearby leave to the ground.
+
+    A sphere of radius r that touches the ground hides (r / D) ** 3 of the sky, weighted by the
+    cosine, from a point at distance D of its centre (https://iquilezles.org/articles/sphereao).
+    """
+    share = torch.ones((len(frames), len(ground)), device=ground.device)
+    for centre in (scene.centre[frames] + scene.lean).unbind(1):  # (len(frames), 3)
+        to = centre[:, None] - ground
+        share *= 1 - scene.contact * (centre[:, 2:] / dot(to, to).sqrt()) ** 3
+    return share[..., None]
+
+
+def irradiance(
+    scene: Scene, point: Tensor, normal: Tensor, frame: Tensor, skip: Tensor, random: Generator
+) -> Tensor:
+    """Light (M, 3) that reaches points; of each lamp they see all or nothing, by one random ray."""
+    total = ambient(point, normal)
+    for lamp in range(len(scene.lamp)):
+        jitter = torch.randn(point.shape, generator=random, device=point.device)
+        source = scene.lamp[lamp] + 0.5 * LAMP_RADIUS[lamp] * jitter
+        light = lamp_light(scene, lamp, point, normal)
+        lit = (light[:, 0] > 0).nonzero()[:, 0]
+        rays = Rays(point[lit], unit(source[lit] - point[lit]), frame[lit])
+        ray, which = near(scene, rays, skip=skip[lit])
+        dark = intersect(scene, rays.take(ray), which).isfinite()
+        light[lit[ray[dark]]] = 0
+        total = total + light
+    return total
+
+
+def reflection(scene: Scene, rays: Rays, skip: Tensor, random: Generator) -> Tensor:
+    """Radiance (M, 3) along rays that leave metal: lamps in a dark sky, the ground, or objects."""
+    direction = rays.direction
+    seen = SKY + HAZE * torch.exp((direction[:, 1:2] - 1) / HAZE_WIDTH**2).repeat(1, 3)
+    for lamp in range(len(scene.lamp)):
+        angle = 2 - 2 * dot(unit(scene.lamp[lamp] - rays.origin), direction)  # squared, if small
+        image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
+        seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
+    t, hit = first_hit(scene, rays, *near(scene, rays, skip=skip))
+    to_ground = torch.where(direction[:, 2] < -1e-3, -rays.origin[:, 2] / direction[:, 2], math.inf)
+    point = rays.origin + torch.minimum(t, to_ground).clamp(max=1e4)[:, None] * direction
+    m = ((hit < 0) & to_ground.isfinite()).nonzero()[:, 0]
+    up = t.new_tensor([0.0, 0.0, 1.0]).expand(len(m), 3)
+    seen[m] = irradiance(scene, point[m], up, rays.frame[m], hit[m], random)
+    m = (hit >= 0).nonzero()[:, 0]
+    normal = surface_normal(scene, point[m], rays.frame[m], hit[m])
+    light = irradiance(scene, point[m], normal, rays.frame[m], hit[m], random)
+    seen[m] = scene.albedo[hit[m]] * light  # metal in metal passes for rubber
+    return seen
+
+
+def shade(scene: Scene, rays: Rays, t: Tensor, which: Tensor, random: Generator) -> Tensor:
+    """Linear colour (M, 3) of the objects `which` (M,) that rays meet at distance `t` (M,)."""
+    view, frame = rays.direction, rays.frame
+    point = rays.origin + t[:, None] * view
+    normal, light = surface_normal(scene, point, frame, which), torch.empty_like(point)
+    metal = scene.metal[which]
+    m = (~metal).nonzero()[:, 0]
+    light[m] = RUBBER * irradiance(scene, point[m], normal[m], frame[m], which[m], random)
+    m = metal.nonzero()[:, 0]
+    mirrored = unit(view[m] - 2 * dot(view[m], normal[m])[:, None] * normal[m])
+    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m]), which[m], random)
+    return scene.albedo[which] * light
+
+
+def lamp_points(scene: Scene, pixels: int, random: Generator) -> Tensor:
+    """Points (L, pixels, SAMPLES, 3) spread over each lamp's disc in randomly turned spirals."""
+    device = scene.lamp.device
+    k = torch.arange(SAMPLES, device=device)
+    angle = torch.rand((len(scene.lamp), pixels, 1), generator=random, device=device) * 2 * math.pi
+    angle = angle + k * math.pi * (3 - 5**0.5)  # the golden angle, as in a sunflower
+    side = unit(torch.linalg.cross(scene.facing, angle.new_tensor([[0.0, 0.0, 1.0]])))
+    top = torch.linalg.cross(side, scene.facing)
+    radius = angle.new_tensor(LAMP_RADIUS)[:, None, None]
+    u, v = (radius * ((k + 0.5) / SAMPLES).sqrt() * f(angle) for f in (torch.cos, torch.sin))
+    side, top, lamp = (w[:, None, None] for w in (side, top, scene.lamp))
+    return lamp + u[..., None] * side + v[..., None] * top
+
+
+def ground_light(
+    scene: Scene, ground: Tensor, cells: Tensor, frames: Tensor, points: Tensor
+) -> Tensor:
+    """Light (len(frames), pixels, 3) on the ground, with soft shadows.
+
+    `ground` (pixels, 3) holds the ground point behind each pixel, `cells` (C, CELL * CELL) the
+    pixels of each block, `points` what `lamp_points` returns.
+    """
+    up = ground.new_tensor([0.0, 0.0, 1.0]).expand_as(ground)
+    total = ambient(ground, up).repeat(len(frames), 1, 1)
+    middle = ground[cells].mean(1)
+    size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
+    for lamp in range(len(scene.lamp)):
+        to = scene.lamp[lamp] - middle
+        slack = size + 1.2 * LAMP_RADIUS[lamp] / dot(to, to).sqrt()  # penumbra below an object
+        origin, to = middle.repeat(len(frames), 1), unit(to).repeat(len(frames), 1)
+        rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
+        block, which = near(scene, rays, slack.repeat(len(frames)))
+        slot, pixel = block // len(cells), cells[block % len(cells)]  # (pairs, CELL * CELL)
+        target = points[lamp, pixel]  # (pairs, CELL * CELL, SAMPLES, 3)
+        start = ground[pixel][:, :, None].expand_as(target).reshape(-1, 3)
+        frame, which = (w.repeat_interleave(CELL * CELL * SAMPLES) for w in (frames[slot], which))
+        rays = Rays(start, unit(target.view(-1, 3) - start), frame)
+        blocked = intersect(scene, rays, which).isfinite()
+        index = (slot[:, None] * len(ground) + pixel)[..., None] * SAMPLES
+        index = (index + torch.arange(SAMPLES, device=ground.device)).flatten()
+        seen = torch.ones((len(frames), len(ground), SAMPLES), device=ground.device)
+        seen.view(-1)[index[blocked]] = 0
+        total += seen.mean(-1)[..., None] * lamp_light(scene, lamp, ground, up)
+    return total * contact_shade(scene, ground, frames)
+
+
+def render_frames(
+    scene: Scene, frames: Tensor, height: int, width: int, points: Tensor, random: Generator
+) -> tuple[Tensor, Tensor]:
+    """Linear pictures (len(frames), H, W, 3) and masks (len(frames), H, W) of the given frames."""
+    device = scene.eye.device
+
+    def look(row: Tensor, column: Tensor) -> Tensor:
+        """Directions through picture points, in pixels from the upper left corner."""
+        right, up, forward = scene.axes
+        u, v = (column - width / 2) / scene.focal, (row - height / 2) / scene.focal
+        return unit(forward + u[..., None] * right - v[..., None] * up)
+
+    pixel = torch.arange(height * width, device=device)
+    cells = pixel.view(height // CELL, CELL, width // CELL, CELL).transpose(1, 2)
+    cells = cells.reshape(-1, CELL * CELL)
+    view = look(pixel // width + 0.5, pixel % width + 0.5)
+    ground = scene.eye - view * (scene.eye[2] / view[:, 2:])
+    picture = ground_light(scene, ground, cells, frames, points)
+
+    # Blocks of pixels that an object may touch are seen through 2 x 2 rays per pixel.
+    middle = unit(view[cells].mean(1)).repeat(len(frames), 1)
+    rays = Rays(scene.eye.expand_as(middle), middle, frames.repeat_interleave(len(cells)))
+    block, which = near(scene, rays, slack=30 * 0.71 * CELL / scene.focal)  # seen 30 units away
+    blocks, pair = block.unique(return_inverse=True)
+    slot, pixel = blocks // len(cells), cells[blocks % len(cells)]
+    per_block, sub = 4 * CELL * CELL, torch.arange(4, device=device)
+    row = (2 * (pixel // width)[..., None] + sub // 2).flatten()  # in half pixels
+    column = (2 * (pixel % width)[..., None] + sub % 2).flatten()
+    view = look(0.5 * row + 0.25, 0.5 * column + 0.25)
+    rays = Rays(scene.eye.expand_as(view), view, frames[slot].repeat_interleave(per_block))
+    pair = (pair[:, None] * per_block + torch.arange(per_block, device=device)).flatten()
+    t, hit = first_hit(scene, rays, pair, which.repeat_interleave(per_block))
+    m = (hit >= 0).nonzero()[:, 0]
+    colour = torch.zeros_like(view)
+    colour[m] = shade(scene, rays.take(m), t[m], hit[m], random)
+    bare = (hit < 0).view(-1, CELL * CELL, 4).float().mean(-1)[..., None]
+    at = slot[:, None], pixel
+    picture[at] = picture[at] * bare + colour.view(-1, CELL * CELL, 4, 3).mean(2)
+
+    # Real masks sit half a pixel up and left of the picture and are a little too large: a mask
+    # pixel shows the nearest of the four half pixels around the lower right corner of its pixel.
+    at = slot.repeat_interleave(per_block), row, column
+    closeness = torch.zeros((len(frames), 2 * height + 1, 2 * width + 1), device=device)
+    ids = torch.zeros_like(closeness, dtype=torch.uint8)
+    closeness[at], ids[at] = 1 / t, torch.where(hit < 0, 0, scene.ids[hit])
+    _, index = F.max_pool2d(closeness[:, None, 1:, 1:], 2, return_indices=True)
+    masks = ids[:, 1:, 1:].flatten(1).gather(1, index.flatten(1))
+    return picture.view(-1, height, width, 3), masks.view(-1, height, width)
+
+
+def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:
+    """Blur (..., H, W) with a standard deviation in pixels, below 1."""
+    weights = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
+    height, width = pictures.shape[-2:]
+    x = F.pad(pictures, (2, 2, 2, 2), mode="replicate")
+    taps = list(enumerate((weights / weights.sum()).tolist()))
+    x = sum(weight * x[..., k : k + width] for k, weight in taps)
+    return sum(weight * x[..., k : k + height, :] for k, weight in taps)
+
+
+def develop(picture: Tensor, rng: np.random.Generator, random: Generator) -> Tensor:
+    """Turn linear pictures (T, H, W, 3) into soft, noisy 8-bit frames (T, 3, H, W)."""
+    device = picture.device
+    gain = np.exp(rng.normal(0, 0.05) + rng.normal(0, 0.015, 3))  # exposure and white balance
+    picture = picture * torch.tensor(gain, device=device)
+    linear = picture.clamp(1e-6, 1).permute(0, 3, 1, 2).float()
+    srgb = torch.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    luma = (srgb * torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)).sum(1, True)
+    sigma = BLUR * rng.uniform(0.8, 1.3)
+    chroma = gaussian_blur(srgb - luma, 1.6 * sigma) * rng.uniform(0.88, 1.1)
+    frames = 255 * (gaussian_blur(luma, sigma) + chroma)
+    noise = torch.randn((len(frames) + 1, 1, *luma.shape[2:]), generator=random, device=device)
+    frames = frames + NOISE * rng.uniform(0.5, 1.5) * (noise[:1] + 0.6 * noise[1:])  # mostly still
+    return frames.round().clamp(0, 255).byte()

@@ -1,0 +1,192 @@
+"""What is where in a look-alike CLEVRER scene, and how it moves.
+
+The scene is fitted to outlines, shadows, highlights, and background of six real videos. x points
+right, y away from the camera, z up; the ground is z = 0; lengths are in units of 2.5 sphere radii.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import COLOURS, MATERIALS, SHAPES
+
+CAMERA_HEIGHT = 5.34
+CAMERA_PITCH = 0.4716  # radians below the horizon
+FOCAL_LENGTH = 1.25  # image widths: 45 mm on a 36 mm sensor
+
+# One row per shape: cube, sphere, cylinder. An extent this large does not limit the shape.
+FREE = 1e3
+HALF = np.array([[0.39, 0.39, 0.39], [FREE, FREE, FREE], [FREE, FREE, 0.395]])
+RADIUS = np.array([FREE, 0.405, 0.42])
+HEIGHT = np.array([0.39, 0.405, 0.395])  # of the centre
+FOOTPRINT = np.array([0.39 * 2**0.5, 0.405, 0.42])  # radius of the disc that collides
+REACH = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a sphere around it
+
+# One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky.
+LAMP_POSITION = np.array([[-8.2, -4.2, 10.1], [-8.5, 21.0, 6.3], [5.9, 13.0, 13.8], [-6, -1, 60]])
+LAMP_POWER = np.array([[36.0, 34, 28.9], [5.5, 5.7, 7.8], [12.5, 13, 12.7], [240, 240, 240]])
+LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 25.0])
+AIM = (2.0, 12.0, 0.0)  # what the lamps face
+CONTACT_LEAN = (0.14, 0.0)  # the dark of the ground around an object lies to its right
+
+# 8-bit values of CLEVR. Blender took them for linear ones, which makes real frames dull.
+NOMINAL = {
+    "gray": (87, 87, 87),
+    "red": (173, 35, 35),
+    "blue": (42, 75, 215),
+    "green": (29, 105, 20),
+    "brown": (129, 74, 25),
+    "cyan": (41, 208, 208),
+    "purple": (129, 38, 192),
+    "yellow": (255, 238, 51),
+}
+STEPS = 12  # of the physics, per frame
+DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
+
+
+class Scene(NamedTuple):
+    """N objects over T frames, L lamps, and a camera."""
+
+    centre: Tensor  # (T, N, 3)
+    turn: Tensor  # (T, N, 2) cosine and sine of the angle about z
+    half: Tensor  # (N, 3) half extents of the slabs that bound the object
+    radius: Tensor  # (N,) of the sphere or upright cylinder that bounds it
+    round: Tensor  # (N,) 1 where that is a sphere, 0 where it is a cylinder
+    reach: Tensor  # (N,) radius of a sphere around the object
+    albedo: Tensor  # (N, 3) linear colour
+    metal: Tensor  # (N,) bool
+    ids: Tensor  # (N,) uint8 class ids
+    lamp: Tensor  # (L, 3) positions
+    facing: Tensor  # (L, 3) of length 1
+    power: Tensor  # (L, 3) linear colour
+    contact: float  # share of light that an object takes from the ground that it touches
+    lean: Tensor  # (3,) where that shade is centred, relative to the object
+    eye: Tensor  # (3,) position of the camera
+    axes: Tensor  # (3, 3) its right, up, and forward
+    focal: float  # pixels
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the last axis, of size 3."""
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+
+
+def unit(a: Tensor) -> Tensor:
+    """Scale vectors to length 1."""
+    return a / dot(a, a).clamp(min=1e-12).sqrt()[..., None]
+
+
+# Physics: discs on the ground, in units per frame.
+
+
+def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a position (2,) in view, or out of view with a velocity (2,) that leads into view."""
+    y, angle, fate = rng.uniform(7.0, 17.5), rng.uniform(0, 2 * np.pi), rng.random()
+    point = np.array([rng.uniform(-0.4, 0.4) * y, y])
+    heading = np.array([np.cos(angle), np.sin(angle)])
+    if fate < 0.6:  # rests until something hits it
+        return point, np.zeros(2)
+    if fate < 0.72:  # slides from the start
+        return point, heading * rng.uniform(0.1, 0.6)
+    while abs(point[0]) < 0.42 * point[1] + 1.6 and 4.6 < point[1] < 29:  # still in view
+        point = point - 0.5 * heading
+    return point - heading * rng.uniform(0, 5), heading * rng.uniform(0.5, 1.2)
+
+
+def collide(
+    rng: np.random.Generator, x: np.ndarray, v: np.ndarray, spin: np.ndarray, radii: np.ndarray
+) -> None:
+    """Push overlapping discs apart and exchange momentum along their normal, in place."""
+    for _ in range(100):  # one push can cause another
+        distance = np.linalg.norm(x[:, None] - x, axis=-1)
+        pairs = np.argwhere(np.triu(distance < radii[:, None] + radii, 1))
+        if len(pairs) == 0:
+            return
+        for i, j in pairs:
+            gap = np.linalg.norm(x[j] - x[i])
+            normal = (x[j] - x[i]) / gap
+            push = 0.5 * (radii[i] + radii[j] + 1e-4 - gap) * normal
+            x[i], x[j] = x[i] - push, x[j] + push
+            approach = max(0.0, (v[i] - v[j]) @ normal)
+            impulse = 0.5 * (1 + RESTITUTION) * approach * normal
+            v[i], v[j] = v[i] - impulse, v[j] + impulse
+            spin[[i, j]] += rng.normal(0, 0.4, 2) * approach  # off-centre hits turn objects
+
+
+def simulate(
+    rng: np.random.Generator, radii: np.ndarray, num_frames: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slide, spin, and collide discs of the given radii.
+
+    Returns positions (num_frames, N, 2), angles (num_frames, N) in radians, and the indices (N,) of
+    the discs that found a place: a crowd too dense loses some.
+    """
+    start = {}  # position and velocity by index of the disc
+    for i, radius in enumerate(radii):
+        for _ in range(300):
+            point, velocity = place(rng)
+            gaps = [math.dist(point, p) - radius - radii[k] for k, (p, _) in start.items()]
+            if min(gaps, default=1) > 0.05:
+                start[i] = point, velocity
+                break
+    kept = np.array(list(start))
+    x, v = (np.array(column) for column in zip(*start.values(), strict=True))
+    angle = rng.uniform(0, 2 * np.pi, len(kept))
+    spin = rng.normal(0, 0.15, len(kept)) * (v != 0).any(1)
+    friction = rng.uniform(0.02, 0.05)
+    positions, angles = [], []
+    for _ in range(num_frames):
+        positions.append(x)
+        angles.append(angle)
+        for _ in range(STEPS):
+            speed = np.linalg.norm(v, axis=1, keepdims=True).clip(1e-9)
+            v = v * (1 - (friction / speed + DRAG) / STEPS).clip(0)
+            spin = spin * (1 - DRAG / STEPS)
+            x, angle = x + v / STEPS, angle + spin / STEPS
+            collide(rng, x, v, spin, radii[kept])
+    return np.array(positions), np.array(angles), kept
+
+
+def make_scene(
+    rng: np.random.Generator, objects: tuple[int, int], num_frames: int, width: int, device: str
+) -> Scene:
+    """Draw a scene. It varies a little more than the real ones, which share camera and lamps."""
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
+
+    kinds = rng.permutation(48)[: rng.integers(objects[0], objects[1] + 1)]  # no kind occurs twice
+    xy, angle, kept = simulate(rng, FOOTPRINT[kinds // 16], num_frames)
+    kinds = kinds[kept]
+    shape, material, colour = kinds // 16, kinds // 8 % 2, kinds % 8  # see dataset.CLASS_NAMES
+    z = np.broadcast_to(HEIGHT[shape], angle.shape)
+    pitch, roll = CAMERA_PITCH + rng.normal(0, 0.008), rng.normal(0, 0.006)
+    up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
+    forward = np.array([0, math.cos(pitch), -math.sin(pitch)])
+    c, s = math.cos(roll), math.sin(roll)
+    brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
+    nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
+    albedo = nominal * np.exp(rng.normal(0, 0.05, nominal.shape))
+    lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
+    return Scene(
+        centre=tensor(np.dstack([xy, z])),
+        turn=tensor(np.dstack([np.cos(angle), np.sin(angle)])),
+        half=tensor(HALF[shape]),
+        radius=tensor(RADIUS[shape]),
+        round=tensor(shape == SHAPES.index("sphere")),
+        reach=tensor(REACH[shape]),
+        albedo=tensor(albedo),
+        metal=tensor(material == MATERIALS.index("metal")) > 0,
+        ids=torch.tensor(kinds + 1, dtype=torch.uint8, device=device),
+        lamp=lamp,
+        facing=unit(tensor(AIM) - lamp),
+        power=tensor(LAMP_POWER * np.exp(brightness)),
+        contact=rng.uniform(0.4, 1.0),
+        lean=tensor(np.append(rng.normal(CONTACT_LEAN, 0.08), 0)),
+        eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + rng.normal(0, 0.12, 3)),
+        axes=tensor([right * c + up * s, up * c - right * s, forward]),
+        focal=FOCAL_LENGTH * width * math.exp(rng.normal(0, 0.02)),
+    )

@@ -1,0 +1,77 @@
+"""Ray tracing: where a ray meets an object, worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raytrace import Rays, intersect, surface_normal
+from scene import HALF, HEIGHT, RADIUS, REACH, make_scene, unit
+
+
+def one_object(shape, turn=0.0):
+    """A scene of one frame with one object of the given shape row at (0, 10)."""
+    rng = np.random.default_rng(0)
+    scene = make_scene(rng, (1, 1), 1, 240, "cpu")
+    return scene._replace(
+        centre=torch.tensor([[[0.0, 10.0, HEIGHT[shape]]]], dtype=torch.float32),
+        turn=torch.tensor([[[math.cos(turn), math.sin(turn)]]]),
+        half=torch.tensor(HALF[shape : shape + 1], dtype=torch.float32),
+        radius=torch.tensor(RADIUS[shape : shape + 1], dtype=torch.float32),
+        round=torch.tensor([1.0 if shape == 1 else 0.0]),
+        reach=torch.tensor(REACH[shape : shape + 1], dtype=torch.float32),
+    )
+
+
+def hit(scene, origin, direction):
+    ray = Rays(
+        torch.tensor([origin], dtype=torch.float32),
+        unit(torch.tensor([direction], dtype=torch.float32)),
+        torch.zeros(1, dtype=torch.long),
+    )
+    which = torch.zeros(1, dtype=torch.long)
+    t = intersect(scene, ray, which)
+    if not t.isfinite():
+        return math.inf, None
+    point = ray.origin + t[:, None] * ray.direction
+    return t.item(), surface_normal(scene, point, ray.frame, which)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "turn", "origin", "direction", "distance", "normal"),
+    [
+        (1, 0, (0, 0, 0.405), (0, 1, 0), 10 - 0.405, (0, -1, 0)),
+        (1, 0, (0, 10, 5), (0, 0, -1), 5 - 0.81, (0, 0, 1)),
+        (2, 0, (0, 0, 0.3), (0, 1, 0), 10 - 0.42, (0, -1, 0)),
+        (2, 0, (0.1, 10, 5), (0, 0, -1), 5 - 0.79, (0, 0, 1)),
+        (0, 0, (0.1, 0, 0.3), (0, 1, 0), 10 - 0.39, (0, -1, 0)),
+        (0, 0, (0.1, 10, 5), (0, 0, -1), 5 - 0.78, (0, 0, 1)),
+        # A cube turned by 45 degrees: a ray from (0, 0) reaches the face x - y at 0.2 to the side.
+        (
+            0,
+            math.pi / 4,
+            (0.2, 0, 0.3),
+            (0, 1, 0),
+            10 - (0.39 * math.sqrt(2) - 0.2),
+            (math.sqrt(0.5), -math.sqrt(0.5), 0),
+        ),
+    ],
+)
+def test_ray_hits_where_worked_by_hand(shape, turn, origin, direction, distance, normal):
+    t, n = hit(one_object(shape, turn), origin, direction)
+    assert t == pytest.approx(distance, abs=1e-4)
+    assert n == pytest.approx(normal, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [0, 1, 2])
+def test_ray_misses_beside_above_and_behind(shape):
+    scene = one_object(shape)
+    assert hit(scene, (0.5, 0, 0.3), (0, 1, 0))[0] == math.inf
+    assert hit(scene, (0, 0, 0.9), (0, 1, 0))[0] == math.inf
+    assert hit(scene, (0, 0, 0.3), (0, -1, 0))[0] == math.inf
+
+
+def test_cylinder_corner_is_no_cube_corner():
+    assert hit(one_object(0), (0.35, 9.65, 5), (0, 0, -1))[0] < math.inf
+    assert hit(one_object(2), (0.35, 9.65, 5), (0, 0, -1))[0] == math.inf
