@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import COLOURS, MATERIALS, SHAPES
+from classes import COLOURS, MATERIALS, NUM_CLASSES, SHAPES, factors
 
 CAMERA_HEIGHT = 5.34
 CAMERA_PITCH = 0.4716  # radians below the horizon
@@ -158,10 +158,11 @@ def make_scene(
     def tensor(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
 
-    kinds = rng.permutation(48)[: rng.integers(objects[0], objects[1] + 1)]  # no kind occurs twice
-    xy, angle, kept = simulate(rng, FOOTPRINT[kinds // 16], num_frames)
-    kinds = kinds[kept]
-    shape, material, colour = kinds // 16, kinds // 8 % 2, kinds % 8  # see dataset.CLASS_NAMES
+    ids = 1 + rng.permutation(NUM_CLASSES - 1)  # so that no two objects are of one kind
+    ids = ids[: rng.integers(objects[0], objects[1] + 1)]
+    xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]], num_frames)
+    ids = ids[kept]
+    shape, material, colour = factors(ids)
     z = np.broadcast_to(HEIGHT[shape], angle.shape)
     pitch, roll = CAMERA_PITCH + rng.normal(0, 0.008), rng.normal(0, 0.006)
     up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
@@ -180,7 +181,7 @@ def make_scene(
         reach=tensor(REACH[shape]),
         albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
-        ids=torch.tensor(kinds + 1, dtype=torch.uint8, device=device),
+        ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
         power=tensor(LAMP_POWER * np.exp(brightness)),

@@ -12,7 +12,7 @@ from PIL import Image
 
 import render
 import scene
-from dataset import class_id
+from classes import class_id
 from utils import run_script
 
 
@@ -69,7 +69,8 @@ def test_size_that_is_no_multiple_of_four_is_named(height, width):
 
 def test_masks_agree_with_colours(monkeypatch):
     """Inside its mask a red rubber sphere is red; outside the ground is grey."""
-    kinds = [class_id("sphere", "rubber", "red") - 1, class_id("cube", "rubber", "blue") - 1]
+    red_sphere = class_id("sphere", "rubber", "red")
+    blue_cube = class_id("cube", "rubber", "blue")
     spots = np.array([[[-1.5, 10.0], [1.5, 10.0]]])
     monkeypatch.setattr(scene, "simulate", lambda *_: (spots, np.zeros((1, 2)), np.arange(2)))
     real = np.random.default_rng
@@ -82,18 +83,17 @@ def test_masks_agree_with_colours(monkeypatch):
             return getattr(self.rng, name)
 
         def permutation(self, _):
-            return np.array(kinds)
+            return np.array([red_sphere, blue_cube]) - 1
 
     monkeypatch.setattr(np.random, "default_rng", Picks)
     frames, masks = render.render_video(0, (2, 2), num_frames=1)
     red, blue, ground = (
-        frames[0][:, masks[0] == i].float().quantile(0.5, dim=1)
-        for i in (kinds[0] + 1, kinds[1] + 1, 0)
+        frames[0][:, masks[0] == i].float().quantile(0.5, dim=1) for i in (red_sphere, blue_cube, 0)
     )
     assert red[0] > 2 * red[2]
     assert blue[2] > 1.5 * blue[0]
     assert ground.max() - ground.min() < 12
-    rows, columns = (masks[0] == kinds[0] + 1).nonzero(as_tuple=True)
+    rows, columns = (masks[0] == red_sphere).nonzero(as_tuple=True)
     assert 14 <= columns.max() - columns.min() <= 28
     assert abs((columns.max() - columns.min()) - (rows.max() - rows.min())) <= 4
     assert columns.float().mean() < 120
