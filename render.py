@@ -10,6 +10,7 @@ that dataset.py reads. Its bytes depend on the seed and K alone, not on the numb
 
 import argparse
 import os
+import secrets
 import shutil
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -60,15 +61,21 @@ def write_video(out: Path, number: int, seed: int, objects: tuple[int, int], dev
     """Render into out/video_<number>, a folder that appears whole or not at all."""
     torch.set_num_threads(1)  # the bytes must not depend on it, and workers use all cores
     frames, masks = render_video([seed, number], objects, device=device)
-    partial = out / f".video_{number}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for t, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
-        with atomic_write(partial / f"image_{t}.png") as file:
-            Image.fromarray(frame).save(file, "PNG", compress_level=3)
-    with atomic_write(partial / "mask.npy") as file:
-        np.save(file, masks.cpu().numpy())
-    partial.rename(out / f"video_{number}")
+    video = out / f"video_{number}"
+    partial = out / f".video_{number}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir()
+        for t, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
+            with atomic_write(partial / f"image_{t}.png") as file:
+                Image.fromarray(frame).save(file, "PNG", compress_level=3)
+        with atomic_write(partial / "mask.npy") as file:
+            np.save(file, masks.cpu().numpy())
+        partial.rename(video)
+    except OSError:
+        if not video.exists():  # else another run rendered it meanwhile, and swept ours away
+            raise
+    for leftover in out.glob(f".video_{number}.*partial"):  # of killed runs, and of slower ones
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def follow_parent() -> None:

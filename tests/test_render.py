@@ -13,7 +13,7 @@ from PIL import Image
 import render
 import scene
 from classes import class_id
-from utils import run_script
+from utils import atomic_write, run_script
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,39 @@ def test_bytes_do_not_depend_on_workers_and_rendering_resumes(rendered, tmp_path
     assert digest(tmp_path / "video_1") == digest(rendered / "video_1")
 
 
+def blank_video(*_, **__):
+    frames = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
+    return frames, frames[:, 0]
+
+
+@pytest.mark.parametrize("moment", ["image_0.png", "image_1.png", "mask.npy", "rename"])
+def test_another_run_may_finish_the_same_video_at_any_moment(moment, tmp_path, monkeypatch):
+    """The slower of two runs finds its partial folder swept away, and the video there."""
+    monkeypatch.setattr(render, "render_video", blank_video)
+    real_rename, started = Path.rename, []
+
+    def overtake(now):
+        if now == moment and not started:
+            started.append(now)
+            render.write_video(tmp_path, 3, 0, (1, 2), "cpu")
+
+    def write(path):
+        overtake(path.name)
+        return atomic_write(path)
+
+    def rename(folder, target):
+        overtake("rename")
+        return real_rename(folder, target)
+
+    monkeypatch.setattr(render, "atomic_write", write)
+    monkeypatch.setattr(Path, "rename", rename)
+    render.write_video(tmp_path, 3, 0, (1, 2), "cpu")
+    assert started
+    assert [path.name for path in tmp_path.iterdir()] == ["video_3"]
+    names = sorted(path.name for path in (tmp_path / "video_3").iterdir())
+    assert names == ["image_0.png", "image_1.png", "mask.npy"]
+
+
 def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     synced, rename, fsync = [], Path.rename, os.fsync
 
@@ -137,8 +170,7 @@ def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "rename", watched_rename)
-    frames = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
-    monkeypatch.setattr(render, "render_video", lambda *_, **__: (frames, frames[:, 0]))
+    monkeypatch.setattr(render, "render_video", blank_video)
     render.write_video(tmp_path, 3, 0, (1, 2), "cpu")
     names = sorted(path.name for path in (tmp_path / "video_3").iterdir())
     assert names == ["image_0.png", "image_1.png", "mask.npy"]
