@@ -1,14 +1,16 @@
 """Render look-alike CLEVRER videos with exact masks, by ray tracing in plain PyTorch.
 
-    python render.py --out data/demo --videos 2                  # a smoke run: seconds
+    python render.py --out data/two --videos 2                   # a smoke run: seconds
     python render.py --out data/rendered --videos 60 --seed 1    # killed? the same command goes on
     python render.py --out data/crowded --videos 60 --objects 10 20
 
 Each video is a folder `video_K` with `image_0.png` .. `image_21.png` and `mask.npy`, the layout
-that dataset.py reads. Its bytes depend on the seed and K alone, not on the number of workers.
+that dataset.py reads. Its bytes depend on K and the settings beside it in `render.json` alone, not
+on the number of workers; a folder takes videos of one set of settings.
 """
 
 import argparse
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +18,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +26,25 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from classes import NUM_CLASSES
 from raytrace import CELL, develop, lamp_points, render_frames
 from scene import make_scene
 from utils import UserError, atomic_write, choose_device, run_script
+
+RENDERER = 1  # raised when a seed no longer gives the same bytes
+NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of CLEVRER's videos; pixels
+RECORD = "render.json"  # beside the videos: what made them
+REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
 @torch.no_grad()
 def render_video(
     seed: int | list[int],
     objects: tuple[int, int] = (2, 8),
-    num_frames: int = 22,
+    num_frames: int = NUM_FRAMES,
     device: str = "cpu",
-    height: int = 160,
-    width: int = 240,
+    height: int = HEIGHT,
+    width: int = WIDTH,
 ) -> tuple[Tensor, Tensor]:
     """Render one video of objects[0] to objects[1] objects.
 
@@ -88,6 +97,49 @@ def follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def read_record(out: Path) -> dict[str, Any]:
+    """Return what made the videos in `out`. Raises UserError if its record is damaged."""
+    try:
+        record = json.loads((out / RECORD).read_bytes())
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{out / RECORD} is damaged, so nothing says what made the videos beside it: {REMEDY}"
+        )
+    return record
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Record in `out` what makes its videos; UserError if anything else made those in it.
+
+    Runs with the same settings may claim a folder together.
+    """
+    has_videos = any(out.glob("video_*"))  # seen first, because another run writes them last
+    if not (out / RECORD).exists():
+        if has_videos:
+            raise UserError(
+                f"{out} holds videos but no {RECORD} that says what made them: {REMEDY}"
+            )
+        with atomic_write(out / RECORD) as file:
+            file.write(json.dumps(settings).encode() + b"\n")
+    record = read_record(out)
+    if record != settings:
+        changes = [
+            f"{key} {_spell(record.get(key))}, not {_spell(settings.get(key))}"
+            for key in settings | record
+            if record.get(key) != settings.get(key)
+        ]
+        raise UserError(
+            f"{out} is for videos rendered with other settings ({'; '.join(changes)}): "
+            f"{REMEDY} or the same settings"
+        )
+
+
+def _spell(value: Any) -> str:
+    return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def render_dataset(
     out: Path,
     num_videos: int,
@@ -100,11 +152,21 @@ def render_dataset(
 ) -> None:
     """Render videos start .. start + num_videos - 1 into `out`, leaving those that are there.
 
-    Uses one process per core unless `workers` says otherwise. Raises OSError where `out` cannot be
-    written.
+    Uses one process per core unless `workers` says otherwise. Raises UserError where `out` holds
+    videos that other settings made, OSError where it cannot be written.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "renderer": RENDERER,
+        "seed": seed,
+        "objects": list(objects),
+        "frames": NUM_FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "device": torch.device(device).type,
+    }
+    claim(out, settings)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
     workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=not progress)
@@ -133,8 +195,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.videos < 1 or args.start < 0 or args.seed < 0:
         parser.error("--videos must be at least 1, and --start and --seed at least 0")
-    if not 1 <= args.objects[0] <= args.objects[1] <= 48:
-        parser.error("--objects needs 1 <= MIN <= MAX <= 48, the number of kinds of objects")
+    kinds = NUM_CLASSES - 1
+    if not 1 <= args.objects[0] <= args.objects[1] <= kinds:
+        parser.error(f"--objects needs 1 <= MIN <= MAX <= {kinds}, the number of kinds of objects")
     if args.workers is not None and args.workers < 1:
         parser.error("--workers must be at least 1")
     return args

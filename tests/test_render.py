@@ -1,7 +1,10 @@
 """Rendered videos: repeatable, with masks that fit, and files that appear whole or not at all."""
 
 import hashlib
+import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from PIL import Image
 import render
 import scene
 from classes import class_id
-from utils import atomic_write, run_script
+from utils import UserError, atomic_write, run_script
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +103,9 @@ def test_masks_agree_with_colours(monkeypatch):
 
 
 def test_layout_reads_back_and_holds_no_kind_twice(rendered):
-    assert sorted(path.name for path in rendered.iterdir()) == ["video_0", "video_1"]
-    for folder in rendered.iterdir():
+    names = sorted(path.name for path in rendered.iterdir())
+    assert names == ["render.json", "video_0", "video_1"]
+    for folder in rendered.glob("video_*"):
         masks = np.load(folder / "mask.npy")
         assert masks.dtype == np.uint8
         assert masks.shape == (22, 160, 240)
@@ -113,14 +117,133 @@ def test_layout_reads_back_and_holds_no_kind_twice(rendered):
 
 def test_bytes_do_not_depend_on_workers_and_rendering_resumes(rendered, tmp_path):
     """A killed run leaves a partial folder; the next one replaces it and keeps what is whole."""
+    shutil.copy(rendered / "render.json", tmp_path)
     (tmp_path / "video_0").mkdir()
     (tmp_path / "video_0" / "kept").write_text("whole")
     (tmp_path / ".video_1.partial").mkdir()
     (tmp_path / ".video_1.partial" / "image_0.png").write_text("half")
     render.render_dataset(tmp_path, 2, seed=5, objects=(1, 2), workers=1, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["video_0", "video_1"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["render.json", "video_0", "video_1"]
     assert [path.name for path in (tmp_path / "video_0").iterdir()] == ["kept"]
     assert digest(tmp_path / "video_1") == digest(rendered / "video_1")
+
+
+def test_the_folder_says_what_made_its_videos(rendered):
+    assert json.loads((rendered / "render.json").read_text()) == {
+        "renderer": render.RENDERER,
+        "seed": 5,
+        "objects": [1, 2],
+        "frames": 22,
+        "height": 160,
+        "width": 240,
+        "device": "cpu",
+    }
+
+
+def test_version_of_the_renderer_rises_with_its_bytes():
+    """If this fails, seeds give other videos than before: raise RENDERER and these figures."""
+    frames, masks = render.render_video(7, (3, 3), num_frames=2, height=80, width=120)
+    ids, areas = masks.unique(return_counts=True)
+    assert render.RENDERER == 1
+    assert ids.tolist() == [0, 11, 38, 45]
+    assert areas.tolist() == pytest.approx([18662, 178, 146, 214], abs=3)
+    assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(
+        [129.58, 131.26, 133.03], abs=0.05
+    )
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A folder in which a run with seed 0 and 2 to 8 objects was killed at its first video."""
+    render.render_dataset(tmp_path / "data" / "demo", 0, progress=False)
+    return tmp_path / "data" / "demo"
+
+
+def held(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"objects": (4, 10)}, "objects 2 to 8, not 4 to 10"),
+        ({"seed": 1, "objects": (2, 9)}, "seed 0, not 1; objects 2 to 8, not 2 to 9"),
+        ({"device": "cuda:0"}, "device cpu, not cuda"),
+    ],
+)
+def test_a_folder_takes_one_set_of_settings(settings, change, started):
+    before = held(started)
+    with pytest.raises(UserError) as refusal:
+        render.render_dataset(started, 1, progress=False, **settings)
+    assert str(started) in str(refusal.value)
+    assert f"({change}): rename that folder" in str(refusal.value)
+    assert held(started) == before
+
+
+def test_videos_of_another_renderer_are_not_mixed_in(started, monkeypatch):
+    monkeypatch.setattr(render, "RENDERER", render.RENDERER + 1)
+    with pytest.raises(UserError, match=r"renderer 1, not 2.*: rename that folder"):
+        render.render_dataset(started, 1, progress=False)
+
+
+def test_videos_without_a_record_are_left_alone(tmp_path):
+    (tmp_path / "video_00007").mkdir()
+    with pytest.raises(UserError, match=r"holds videos but no render\.json .*rename that folder"):
+        render.render_dataset(tmp_path, 1, progress=False)
+    assert held(tmp_path) == [Path("video_00007")]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\xff", "[" * 100_000])
+def test_damaged_record_is_one_sentence(text, started):
+    (started / "render.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"render\.json is damaged.*rename that folder"):
+        render.render_dataset(started, 1, progress=False)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"objects": 3, "seed": {"a": []}, "new": null}'])
+def test_record_of_other_facts_is_one_sentence(text, started):
+    (started / "render.json").write_text(text)
+    with pytest.raises(UserError, match=r"other settings \(.*rename that folder"):
+        render.render_dataset(started, 1, progress=False)
+
+
+def test_train_does_not_fill_up_a_demo_of_other_settings(started, tmp_path):
+    """What `python train.py` said to someone who had rendered two videos into data/demo."""
+    before = held(started)
+    script = Path(render.__file__).with_name("train.py")
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "data/demo is for videos rendered with other settings (objects" in result.stderr
+    assert held(started) == before
+
+
+def test_runs_of_the_same_settings_share_a_folder(started):
+    """More videos, other numbers, and a run that begins beside another."""
+    (started / "video_0").mkdir()
+    for first in (0, 5):
+        render.render_dataset(started, 0, start=first, progress=False)
+
+
+@pytest.mark.parametrize("first_look", ["glob", "exists"])
+def test_a_run_that_starts_beside_another_finds_its_record(first_look, tmp_path, monkeypatch):
+    """The other run writes its record and a video right after this one has looked around once."""
+    look = getattr(Path, first_look)
+
+    def slow_look(path, *arguments):
+        seen = look(path, *arguments)
+        seen = seen if isinstance(seen, bool) else list(seen)
+        monkeypatch.setattr(Path, first_look, look)
+        render.render_dataset(tmp_path, 0, progress=False)
+        (tmp_path / "video_0").mkdir()
+        return seen
+
+    monkeypatch.setattr(Path, first_look, slow_look)
+    render.render_dataset(tmp_path, 0, progress=False)
+    assert (tmp_path / "video_0").exists()
 
 
 def blank_video(*_, **__):
