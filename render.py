@@ -169,7 +169,8 @@ def render_dataset(
     claim(out, settings)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
     workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
-    bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=not progress)
+    disable = None if progress else True  # None: where stderr is no terminal, such as a log file
+    bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
         jobs = [pool.submit(write_video, out, k, seed, objects, device) for k in todo]
         try:

@@ -1,6 +1,7 @@
 """Rendered videos: repeatable, with masks that fit, and files that appear whole or not at all."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -297,6 +298,22 @@ def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypa
     render.write_video(tmp_path, 3, 0, (1, 2), "cpu")
     names = sorted(path.name for path in (tmp_path / "video_3").iterdir())
     assert names == ["image_0.png", "image_1.png", "mask.npy"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "progress", "drawn"),
+    [(Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)],
+)
+def test_progress_is_drawn_on_a_terminal_only(stream, progress, drawn, rendered, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    render.render_dataset(rendered, 2, seed=5, objects=(1, 2), progress=progress)
+    assert ("2/2" in stream.getvalue()) == drawn
+    assert bool(stream.getvalue()) == drawn
 
 
 def test_command_line_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
