@@ -140,6 +140,13 @@ def _spell(value: Any) -> str:
     return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def default_workers() -> int:
+    """Return how many processes render: one per core that this process may use, at most 32."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return min(len(os.sched_getaffinity(0)), 32)
+    return min(os.cpu_count() or 1, 32)
+
+
 def render_dataset(
     out: Path,
     num_videos: int,
@@ -152,8 +159,8 @@ def render_dataset(
 ) -> None:
     """Render videos start .. start + num_videos - 1 into `out`, leaving those that are there.
 
-    Uses one process per core unless `workers` says otherwise. Raises UserError where `out` holds
-    videos that other settings made, OSError where it cannot be written.
+    Runs `default_workers()` processes unless `workers` says otherwise. Raises UserError where `out`
+    holds videos that other settings made, OSError where it cannot be written.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -168,7 +175,7 @@ def render_dataset(
     }
     claim(out, settings)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
-    workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
+    workers = max(1, min(workers or default_workers(), len(todo)))
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
@@ -191,7 +198,7 @@ def parse_args() -> argparse.Namespace:
     add("--start", type=int, default=0, help="number of the first (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same bytes (default %(default)s)")
     add("--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video")
-    add("--workers", type=int, help="processes (default: one per core)")
+    add("--workers", type=int, help="processes (default: one per usable core, to 32)")
     add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     args = parser.parse_args()
     if args.videos < 1 or args.start < 0 or args.seed < 0:
@@ -215,6 +222,7 @@ def main() -> None:
         )
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
+    print(f"{args.videos} video{'s' * (args.videos > 1)} -> {args.out}")
 
 
 if __name__ == "__main__":

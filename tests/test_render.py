@@ -300,6 +300,43 @@ def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypa
     assert names == ["image_0.png", "image_1.png", "mask.npy"]
 
 
+def test_default_workers_are_the_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
+    assert render.default_workers() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert render.default_workers() == 32
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert render.default_workers() == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert render.default_workers() == 32
+
+
+@pytest.mark.parametrize(
+    ("videos", "workers", "started"), [(2, None, 2), (9, None, 5), (50, 40, 40), (3, 40, 3)]
+)
+def test_no_more_workers_than_videos(videos, workers, started, tmp_path, monkeypatch):
+    class Pool:
+        def __init__(self, count, *_):
+            assert count == started
+            raise InterruptedError
+
+    monkeypatch.setattr(render, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(render, "default_workers", lambda: 5)
+    with pytest.raises(InterruptedError):
+        render.render_dataset(tmp_path, videos, workers=workers, progress=False)
+
+
+@pytest.mark.parametrize(("videos", "text"), [(1, "1 video"), (2, "2 videos")])
+def test_last_line_says_what_was_made_and_where(videos, text, rendered, monkeypatch, capsys):
+    command = ["render.py", "--out", str(rendered), "--seed", "5", "--objects", "1", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--videos", str(videos)])
+    render.main()
+    output = capsys.readouterr()
+    assert output.out == f"{text} -> {rendered}\n"
+    assert output.err == ""
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
