@@ -121,7 +121,8 @@ def test_bytes_do_not_depend_on_workers_and_rendering_resumes(rendered, tmp_path
     shutil.copy(rendered / "render.json", tmp_path)
     (tmp_path / "video_0").mkdir()
     (tmp_path / "video_0" / "kept").write_text("whole")
-    (tmp_path / ".video_1.partial").mkdir()
+    for name in (".video_1.partial", ".video_1.0123abcd.partial"):
+        (tmp_path / name).mkdir()
     (tmp_path / ".video_1.partial" / "image_0.png").write_text("half")
     render.render_dataset(tmp_path, 2, seed=5, objects=(1, 2), workers=1, progress=False)
     names = sorted(path.name for path in tmp_path.iterdir())
