@@ -17,28 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 
-from dataset import (
+from classes import (
     CLASS_NAMES,
     COLOURS,
+    FACTOR_SIZES,
     MATERIALS,
     NUM_CLASSES,
     SHAPES,
-    DataError,
-    find_videos,
-    frame_paths,
-    read_frame,
-    read_mask,
+    palette,
 )
 from utils import UserError, atomic_write, run_script
+from videos import find_labelled, find_videos, frame_paths, read_frame, read_labels
 
 NUM_WORST = 10  # videos listed at the end of the report
-PAINT = (  # red, green, blue of a mask's COLOURS in pictures
-    *((150, 150, 150), (235, 60, 60), (70, 110, 255), (60, 200, 60)),
-    *((190, 120, 60), (60, 230, 230), (190, 80, 240), (255, 235, 60)),
-)
 
 
 def confusion_matrix(truth: Tensor, pred: Tensor) -> Tensor:
@@ -83,9 +77,10 @@ def factor_accuracy(confusion: Tensor) -> dict[str, dict[str, float | None]]:
         Keys shape_accuracy, material_accuracy and colour_accuracy; each a dict by name, with
         "all" for all object pixels and None where no true pixel has that name.
     """
-    sizes = (len(SHAPES), len(MATERIALS), len(COLOURS))
-    objects = confusion[1:, 1:].double().reshape(*sizes, *sizes)  # by true, then predicted factors
-    total = confusion[1:].double().sum(1).reshape(sizes)  # true pixels, however predicted
+    objects = (
+        confusion[1:, 1:].double().reshape(FACTOR_SIZES * 2)
+    )  # by true, then predicted factors
+    total = confusion[1:].double().sum(1).reshape(FACTOR_SIZES)  # true pixels, however predicted
     result = {}
     for axis, (factor, names) in enumerate(
         (("shape", SHAPES), ("material", MATERIALS), ("colour", COLOURS))
@@ -121,33 +116,34 @@ def _number(value: Tensor) -> float | None:
     return None if torch.isnan(value) else float(value)
 
 
-def read_labels(folder: Path) -> Tensor | None:
-    """Return mask.npy of a folder as uint8 (T, H, W), or None if there is none.
+class Tally:
+    """What is counted over the videos of a data set."""
 
-    Raises:
-        DataError: not whole, not integers (T, H, W), or an id outside 0..48.
-    """
-    mask = read_mask(folder)
-    if mask is None:
-        return None
-    if mask.size == 0:
-        raise DataError(f"{folder / 'mask.npy'}: holds no mask ({mask.shape}), replace the file.")
-    low, high = int(mask.min()), int(mask.max())
-    if low < 0 or high >= NUM_CLASSES:
-        raise DataError(
-            f"{folder / 'mask.npy'}: holds the id {low if low < 0 else high}, "
-            f"but ids are 0 to {NUM_CLASSES - 1}; replace the file."
-        )
-    return torch.from_numpy(mask.astype(np.uint8))
+    def __init__(self):
+        self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
+        self.last_frames = torch.zeros_like(self.confusion)
+        self.frames = 0
+        self.videos: list[tuple[str, float]] = []  # name and mIoU
 
+    def add(self, name: str, truth: Tensor, mask: Tensor) -> None:
+        """Count a video's true and predicted ids, (T, H, W) each."""
+        last = confusion_matrix(truth[-1], mask[-1])
+        own = confusion_matrix(truth[:-1], mask[:-1]) + last
+        self.confusion += own
+        self.last_frames += last
+        self.frames += len(truth)
+        self.videos.append((name, mean_iou(own)))
 
-def read_truth(video: Path) -> Tensor | None:
-    """Return the labels of a video, one mask for each frame; else as `read_labels`."""
-    truth = read_labels(video)
-    frames = len(frame_paths(video))
-    if truth is not None and len(truth) != frames:
-        raise DataError(f"{video / 'mask.npy'}: holds {len(truth)} masks for {frames} frames.")
-    return truth
+    def figures(self) -> dict[str, Any]:
+        """Return all figures, plain and fit for JSON."""
+        worst = sorted(self.videos, key=lambda item: item[1])[:NUM_WORST]
+        return {
+            "frames": self.frames,
+            "videos": len(self.videos),
+            **summarise(self.confusion),
+            "last_frame_miou": mean_iou(self.last_frames),
+            "worst_videos": [{"video": name, "miou": miou} for name, miou in worst],
+        }
 
 
 def score(pred: Path, data: Path) -> dict[str, Any]:
@@ -156,56 +152,33 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     Videos with faulty labels are named on stderr and left out.
 
     Raises:
-        UserError, DataError: a prediction is missing or faulty, or there is nothing to score.
+        UserError: a prediction is missing or faulty, or there is nothing to score.
     """
-    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
-    last_frames = torch.zeros_like(confusion)
-    by_video: list[tuple[str, float]] = []
-    missing: list[Path] = []
-    frames = skipped = 0
+    tally, missing, skipped = Tally(), [], 0
     for video in find_videos(data):
         try:
-            truth = read_truth(video)
-        except DataError as error:
+            truth = read_labels(video, frames=len(frame_paths(video)))
+        except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
             continue
         if truth is None:
             continue
         name = video.relative_to(data)  # "." if `data` is itself a video
-        folder = pred / name
-        mask = read_labels(folder)
+        mask = read_labels(pred / name, len(truth), truth.shape[1:])
         if mask is None:
-            missing.append(folder / "mask.npy")
-            continue
-        if mask.shape != truth.shape:
-            raise UserError(
-                f"{folder / 'mask.npy'}: its shape is {tuple(mask.shape)}, "
-                f"the true masks' is {tuple(truth.shape)}; run infer.py on these videos."
-            )
-        last = confusion_matrix(truth[-1], mask[-1])
-        own = confusion_matrix(truth[:-1], mask[:-1]) + last
-        confusion += own
-        last_frames += last
-        frames += len(truth)
-        by_video.append((name.as_posix(), mean_iou(own)))
-
+            missing.append(pred / name / "mask.npy")
+        else:
+            tally.add(name.as_posix(), truth, mask)
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(by_video) + len(missing)} labelled videos have no prediction, "
-            f"the first is {missing[0]}: run infer.py on them or give their folder as --pred"
+            f"{len(missing)} of {len(tally.videos) + len(missing)} labelled videos have no "
+            f"prediction, the first is {missing[0]}: run infer.py on them or give their folder as "
+            "--pred"
         )
-    if not by_video:
+    if not tally.videos:
         raise UserError(f"{data} holds no labelled video to score ({skipped} skipped)")
-    worst = sorted(by_video, key=lambda item: item[1])[:NUM_WORST]
-    return {
-        "frames": frames,
-        "videos": len(by_video),
-        "skipped": skipped,
-        **summarise(confusion),
-        "last_frame_miou": mean_iou(last_frames),
-        "worst_videos": [{"video": name, "miou": miou} for name, miou in worst],
-    }
+    return {"skipped": skipped, **tally.figures()}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -233,31 +206,27 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_labels(labels: Tensor) -> Tensor:
-    """Paint ids (H, W) as uint8 (3, H, W): an object's own colour, another shade for each kind."""
-    rgb = torch.tensor(PAINT)[(labels.long() - 1) % len(COLOURS)]  # (H, W, 3)
-    kind = (labels.long() - 1) // len(COLOURS)  # 0..5, metal cube to rubber cylinder
-    painted = rgb * (1 - 0.11 * kind[..., None])
-    painted[labels == 0] = 40.0
-    return painted.permute(2, 0, 1).to(torch.uint8)
+def draw_labels(labels: Tensor) -> np.ndarray:
+    """Paint ids (H, W) as uint8 (H, W, 3): an object's own colour, another shade for each kind."""
+    return palette()[labels.numpy()]
 
 
-def draw_strip(pred: Path, data: Path, columns: int = 4) -> Tensor:
-    """Return a picture uint8 (3, 3 * H, columns * W): frames over true masks over predictions.
+def draw_strip(pred: Path, data: Path, columns: int = 4) -> np.ndarray:
+    """Return a picture uint8 (3 * H, columns * W, 3): frames over true masks over predictions.
 
     Shows the middle frame of labelled videos that lie evenly apart in the list.
     """
-    videos = [video for video in find_videos(data) if (video / "mask.npy").exists()]
+    videos = find_labelled(data)
     columns = min(columns, len(videos))
     strip = []
     for i in range(columns):
         video = videos[i * len(videos) // columns]
         paths = frame_paths(video)
         t = len(paths) // 2
+        frame = read_frame(paths[t]).permute(1, 2, 0).numpy()
         masks = (read_labels(video), read_labels(pred / video.relative_to(data)))
-        painted = [draw_labels(mask[t]) for mask in masks]
-        strip.append(torch.cat([read_frame(paths[t]), *painted], dim=1))
-    return torch.cat(strip, dim=2)
+        strip.append(np.concatenate([frame, *(draw_labels(mask[t]) for mask in masks)]))
+    return np.concatenate(strip, axis=1)
 
 
 def _figure(value: float | None) -> str:
@@ -286,9 +255,9 @@ def main() -> None:
             file.write(f"{text}\n".encode())
     if args.picture:
         with atomic_write(args.picture) as file:
-            file.write(encode_png(draw_strip(args.pred, args.data)).numpy().tobytes())
+            Image.fromarray(draw_strip(args.pred, args.data)).save(file, "PNG")
     print(report(result))
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

@@ -9,14 +9,11 @@ Every folder below --data that holds image_*.png is a video; its masks go to the
 below --out, mask.npy, uint8 (frames, height, width), ids 0..48. A video with a fault is named on
 stderr and gets no mask; the others are done, and the exit status is 1.
 
-The classes of a video are estimated from all of its frames together before any pixel gets its
-label: an object never changes its class, so a class that turns up here and there on others is not
-in the video. --no-consistency labels each frame by itself.
+What an object is, is told by all frames of a video together (objects.py): it never changes its
+class. --no-consistency labels each frame by itself.
 """
 
 import argparse
-import math
-import os
 import sys
 import time
 from collections import deque
@@ -29,44 +26,33 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import (
-    CLEVRDataset,
-    DataError,
-    find_videos,
-    frame_paths,
-    numbering_faults,
-    read_mask,
-)
-from model import FACTOR_SIZES, UNet
+from dataset import CLEVRDataset
+from model import UNet, compile_network
+from objects import consistent_labels
 from utils import (
     Processes,
     UserError,
+    at_least,
     atomic_write,
     choose_device,
-    compile_network,
-    load_model,
+    delete_scraps,
+    load_checkpoint,
     log_header,
     mixed_precision,
     run_script,
+    usable_cpus,
 )
+from videos import find_videos, frame_paths, read_mask
 
-NUM_KINDS = math.prod(FACTOR_SIZES)  # 48 classes of objects
-SAMPLE = 2048  # object pixels of a video that its classes are estimated from
-ROUNDS = 50  # of that estimate; stray classes fade slowly, fewer than 20 leave some
-DOUBTFUL = 30  # object pixels, in all frames together, that halve the doubt in a class
 FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, which --compile makes ready for
-LANES = 16  # batches at once on a CPU, at most
-UNWRITTEN = 16  # masks that may wait for the disk
-WRITERS = 4  # threads; each mask waits for its own flush to the disk
+MAX_LANES = 16  # threads that label videos of their own
+GPU_LANES = 4  # one launches while another waits for its labels or for the disk
+MAX_WORKERS = 16  # processes that decode for a GPU
 
-Batch = tuple[list[tuple[list[int], Tensor]], dict[int, str]]
-# What is known of a frame: labels (H, W) uint8; or where its objects are, (H, W) bool, and the
-# evidence of their classes, (object pixels, 13 or 48); or why there is nothing, in a sentence.
-Frame = Tensor | tuple[Tensor, Tensor] | str
+Read = tuple[int, Tensor, str]  # number of a video, its frames (T, 3, H, W), what is wrong with it
 
 
 def find_data(data: Path | None, checkpoint: dict, ckpt: Path) -> Path:
@@ -84,8 +70,8 @@ def plan(data: Path, out: Path) -> dict[Path, Path]:
     """Return where the masks of each video below `data` go.
 
     Raises:
-        UserError: a mask would land among the frames, and perhaps the labels, of a video.
-        DataError: there is no video.
+        UserError: there is no video, or a mask would land among the frames, and perhaps the
+            labels, of one.
     """
     targets = {video: out / video.relative_to(data) / "mask.npy" for video in find_videos(data)}
     videos = {video.resolve() for video in targets}
@@ -99,21 +85,11 @@ def plan(data: Path, out: Path) -> dict[Path, Path]:
     return targets
 
 
-def fault_of(video: Path) -> str | None:
-    """Return what is wrong with the numbers of a video's frames, in a sentence, or None."""
-    try:
-        faults = numbering_faults(frame_paths(video))
-    except DataError as error:
-        return str(error)
-    return f"{video}: {' '.join(faults)} Mend that or remove the video." if faults else None
-
-
 def unfinished(targets: dict[Path, Path]) -> dict[Path, Path]:
     """Return the targets that lack a whole mask, and delete what a killed run left of them."""
     rest = {video: target for video, target in targets.items() if not _is_done(video, target)}
     for target in rest.values():
-        for part in target.parent.glob(f".{target.name}.*.tmp"):
-            part.unlink(missing_ok=True)
+        delete_scraps(target)
     return rest
 
 
@@ -121,155 +97,86 @@ def _is_done(video: Path, target: Path) -> bool:
     try:
         mask = read_mask(target.parent)
         return mask is not None and len(mask) == len(frame_paths(video))
-    except DataError:
+    except UserError:
         return False
 
 
-class Frames(CLEVRDataset):
-    """The frames of videos, with a sentence in place of each that cannot be read."""
+class WholeVideos(Dataset):
+    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not."""
 
-    def __init__(self, videos: list[Path]):
-        super().__init__(videos, labelled=False, cache=False)
+    def __init__(self, dataset: CLEVRDataset):
+        self.dataset = dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the frames of each size, beside their positions in `indices`; and the faults."""
-        by_size: dict[tuple[int, ...], dict[int, Tensor]] = {}
-        faults: dict[int, str] = {}
-        for position, i in enumerate(indices):
-            try:
-                frame = self[i]  # uint8 (3, H, W)
-                by_size.setdefault(tuple(frame.shape), {})[position] = frame
-            except DataError as error:
-                faults[position] = str(error)
-        stacks = [(list(frames), torch.stack(list(frames.values()))) for frames in by_size.values()]
-        return stacks, faults
+    def __len__(self) -> int:
+        return len(self.dataset.videos)
+
+    def __getitem__(self, v: int) -> Read:
+        try:
+            return v, self.dataset.video(v), ""
+        except UserError as error:
+            return v, torch.empty(0), str(error)
+
+    def read(self, numbers: Iterable[int]) -> list[Read]:
+        """Return the videos of these numbers."""
+        return [self[v] for v in numbers]
+
+    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
+        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
+        return DataLoader(
+            self, batch_sampler=batches, num_workers=workers, collate_fn=list, pin_memory=pin
+        )
 
 
-def default_workers(device: torch.device) -> int:
-    """Return how many processes decode PNGs, at about 1,000 frames/s each.
+def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
 
-    A GPU labels faster than many can decode; on a CPU each core decodes what it labels.
+    A longer video comes alone. No batch holds half a video.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cpus) if device.type == "cuda" else 0
+    group, frames = [], 0
+    for v, length in enumerate(lengths):
+        if group and frames + length > batch_size:
+            yield group
+            group, frames = [], 0
+        group.append(v)
+        frames += length
+    if group:
+        yield group
 
 
 @torch.inference_mode()
-def look(model: UNet, frames: Tensor, consistency: bool) -> list[Frame]:
-    """Return what the network makes of each of `frames`, (B, 3, H, W) uint8."""
-    with mixed_precision(frames.device):
-        if not consistency:
-            return list(model.predict(frames))
-        objects, evidence = model.evidence(frames)
-    counts = objects.flatten(1).sum(dim=1).tolist()
-    return list(zip(objects, evidence.half().split(counts), strict=True))
-
-
-def predict(
-    model: UNet,
-    batches: Iterable[Any],
-    read: Callable[[Any], Batch],
-    device: torch.device,
-    consistency: bool,
-) -> Iterator[Frame]:
-    """Yield what the network makes of each frame of read(batch), in order.
-
-    On a CPU each core reads and labels batches of its own: that loses less than sharing one.
-    """
-
-    def label(batch: Any) -> list[Frame]:
-        stacks, faults = read(batch)
-        found: dict[int, Frame] = dict(faults)
-        for positions, frames in stacks:
-            frames = frames.to(device, non_blocking=device.type == "cuda")  # bytes
-            found.update(zip(positions, look(model, frames, consistency), strict=True))
-        return [found[i] for i in range(len(found))]
-
-    threads = torch.get_num_threads()
-    lanes = 1 if device.type == "cuda" else min(LANES, threads)
-    torch.set_num_threads(threads // lanes)  # of this thread and of those to come
-    try:
-        with ThreadPoolExecutor(lanes) as pool:
-            ahead: deque[Future] = deque()
-            for batch in batches:
-                ahead.append(pool.submit(label, batch))
-                if len(ahead) > lanes:
-                    yield from ahead.popleft().result()
-            for labelled in ahead:
-                yield from labelled.result()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def membership(channels: int) -> Tensor:
-    """Return which channels of the evidence each class adds up, (channels, 48), 0 or 1."""
-    kind = torch.arange(NUM_KINDS)
-    if channels == NUM_KINDS:
-        return F.one_hot(kind).float()
-    factors = kind // 16, kind // 8 % 2, kind % 8  # shape, material, colour
-    return torch.cat([F.one_hot(factor) for factor in factors], dim=1).float().T
-
-
-@torch.inference_mode()
-def consistent_labels(objects: Tensor, evidence: Tensor) -> Tensor:
-    """Label the object pixels of one video by what they and all the others say together.
-
-    The share of each class among the object pixels is estimated by expectation maximisation
-    (Saerens, Latinne and Decaestecker 2002, https://doi.org/10.1162/089976602753284446): classes
-    that only come second, or first on scattered pixels, fade. For the labels, any class with
-    clearly more than DOUBTFUL pixels then counts alike, so that an object which is seen briefly
-    holds its own against one that is seen always.
+def label(
+    model: UNet, videos: Sequence[Tensor], device: torch.device, batch_size: int, consistency: bool
+) -> list[Tensor]:
+    """Return the labels of videos that have frames of one size.
 
     Args:
-        objects: (T, H, W) bool, where there is an object; that does not change.
-        evidence: (N, 13 or 48), for each such pixel the logits of 3 shapes, 2 materials and 8
-            colours, or of the classes.
+        model: In evaluation mode, on `device`.
+        videos: Of each, frames uint8 (T, 3, H, W).
+        device: Where the network runs.
+        batch_size: Frames at once.
+        consistency: Whether all frames of a video decide together.
 
     Returns:
-        (T, H, W) uint8, ids 0..48.
+        For each video (T, H, W) uint8, ids 0..48, on the CPU.
     """
-    labels = objects.to(torch.uint8)
-    if not len(evidence):
-        return labels
-    members = membership(evidence.shape[1]).to(evidence.device)
-    sample = evidence[:: 1 + len(evidence) // SAMPLE].float()
-    p = (sample @ members).softmax(dim=1)  # (n, 48), of a class in a pixel of an object
-    share = torch.full_like(p[0], 1 / NUM_KINDS)
-    for _ in range(ROUNDS):
-        share = share * (p.T @ (1 / (p @ share))) / len(p)
-    pixels = share * len(evidence)  # in all frames
-    classes = (pixels >= pixels.max().clamp(max=0.5)).nonzero()[:, 0]
-    prior = (pixels / (pixels + DOUBTFUL)).log()[classes]
-    best = [  # a part at a time, which bounds the memory for long videos
-        (part.float() @ members[:, classes] + prior).argmax(dim=1) for part in evidence.split(2**18)
-    ]
-    return labels.masked_scatter(objects, (classes + 1).to(torch.uint8)[torch.cat(best)])
+    found: list[Any] = []
+    for frames in torch.cat(list(videos)).split(batch_size):
+        frames = frames.to(device, non_blocking=True)  # bytes
+        with mixed_precision(device):
+            stages = model.stages(frames)
+            found.append(model.evidence(stages) if consistency else model.labels(stages))
+    lengths = [len(video) for video in videos]
+    if not consistency:
+        return list(torch.cat(found).cpu().split(lengths))
+    objects = torch.cat([where for where, _ in found]).split(lengths)
+    evidence = torch.cat([logits.half() for _, logits in found])
+    counts = [int(where.sum()) for where in objects]
+    parts = zip(objects, evidence.split(counts), strict=True)
+    return [consistent_labels(where, logits).cpu() for where, logits in parts]
 
 
-def combine(frames: list[Frame]) -> Tensor:
-    """Return the labels of one video, (T, H, W) uint8, from what is known of its frames."""
-    if isinstance(frames[0], Tensor):
-        return torch.stack(frames)
-    objects, evidence = zip(*frames, strict=True)
-    return consistent_labels(torch.stack(objects), torch.cat(evidence))
-
-
-def fault_in(video: Path, frames: list[Frame]) -> str | None:
-    """Return why the frames of a video give no mask, in a sentence, or None."""
-    sizes = []
-    for frame in frames:
-        if isinstance(frame, str):
-            return frame
-        height, width = (frame if isinstance(frame, Tensor) else frame[0]).shape
-        sizes.append(f"{width} x {height}")
-    odd = [size for size in sizes if size != sizes[0]]
-    return f"{video}: its frames are of different sizes, {sizes[0]} and {odd[0]}." if odd else None
-
-
-def save(target: Path, labels: Tensor, copied: torch.cuda.Event | None) -> None:
-    """Write labels (T, H, W), once they are copied from the GPU."""
-    if copied:
-        copied.synchronize()
+def save(target: Path, labels: Tensor) -> None:
+    """Write labels (T, H, W)."""
     try:
         with atomic_write(target) as file:
             np.save(file, labels.numpy())
@@ -278,6 +185,37 @@ def save(target: Path, labels: Tensor, copied: torch.cuda.Event | None) -> None:
             f"{target} cannot be written ({error.strerror or error}): "
             "make room or choose another --out, then go on with --resume"
         ) from None
+
+
+def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
+    """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
+    with ThreadPoolExecutor(lanes) as pool:
+        ahead: deque[Future] = deque()
+        for item in items:
+            ahead.append(pool.submit(job, item))
+            if len(ahead) > 2 * lanes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def default_workers(device: torch.device) -> int:
+    """Return how many processes decode PNGs, at about 1,000 frames/s each.
+
+    A GPU labels faster than many can decode; on a CPU each lane decodes what it labels.
+    """
+    return min(MAX_WORKERS, usable_cpus()) if device.type == "cuda" else 0
+
+
+def lanes_for(device: torch.device, threads: int) -> int:
+    """Return how many videos are labelled at once.
+
+    On a CPU each core has its own, which loses less than sharing one, and there is one more, so
+    that no core is idle while a mask is flushed to the disk.
+    """
+    if device.type == "cpu":
+        return min(MAX_LANES, threads) + 1
+    return GPU_LANES if device.type == "cuda" else 1
 
 
 def label_videos(
@@ -293,47 +231,39 @@ def label_videos(
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
     """
-    faults = {video: fault for video in targets if (fault := fault_of(video))}
-    videos = [video for video in targets if video not in faults]
-    for fault in faults.values():
-        tqdm.write(f"skipped: {fault}", file=sys.stderr)
-    if not videos:
-        return 0, 0, list(faults.values())
-    dataset = Frames(videos)
-    batches: Iterable = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
-    read = dataset.__getitems__
-    if workers or device.type == "cuda":
-        batches = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=CLEVRDataset.collate,
-            pin_memory=device.type == "cuda",
-        )
-        read = CLEVRDataset.collate  # they come as they are to be
-    numbers = dataset.index[:, 0]  # the position in `videos` of each frame's video
-    done = frames = 0
-    progress = tqdm(total=len(dataset), unit="frame", disable=None)  # none in a log file
-    unwritten: deque[Future] = deque()
-    with progress, ThreadPoolExecutor(WRITERS) as pool:
-        labelled = zip(numbers, predict(model, batches, read, device, consistency), strict=True)
-        for number, group in groupby(labelled, key=lambda item: item[0]):
-            found = [frame for _, frame in group]
-            video = videos[number]
-            progress.update(len(found))
-            if fault := fault_in(video, found):
-                faults[video] = fault
-                tqdm.write(f"skipped: {fault}", file=sys.stderr)
-                continue
-            labels = combine(found).to("cpu", non_blocking=device.type == "cuda")
-            copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
-            unwritten.append(pool.submit(save, targets[video], labels, copied))
-            if len(unwritten) > UNWRITTEN:
-                unwritten.popleft().result()
-            done, frames = done + 1, frames + len(found)
-        for future in unwritten:
-            future.result()
-    return done, frames, list(faults.values())
+    if not targets:
+        return 0, 0, []
+    dataset = CLEVRDataset(list(targets), labelled=False)
+    videos = WholeVideos(dataset)
+    batches, read = list(fill_batches(np.bincount(dataset.index[:, 0]), batch_size)), videos.read
+    if workers or device.type == "cuda":  # other processes read ahead
+        batches, read = videos.loader(batches, workers, pin=device.type == "cuda"), list
+
+    def job(batch: Any) -> tuple[int, int, list[str]]:
+        """Read, label and write a few videos."""
+        found = read(batch)
+        whole = [(v, frames) for v, frames, fault in found if not fault]
+        for _, group in groupby(whole, key=lambda item: item[1].shape[1:]):
+            numbers, frames = zip(*group, strict=True)
+            labels = label(model, frames, device, batch_size, consistency)
+            for v, masks in zip(numbers, labels, strict=True):
+                save(targets[dataset.videos[v]], masks)
+        return len(whole), sum(len(f) for _, f in whole), [fault for *_, fault in found if fault]
+
+    threads = torch.get_num_threads()
+    lanes = lanes_for(device, threads)
+    torch.set_num_threads(max(1, threads // lanes))  # of this thread and of those to come
+    done, frames, faults = 0, 0, []
+    try:
+        with tqdm(total=len(dataset), unit="frame", disable=None) as progress:  # none in a log file
+            for videos_done, frames_done, new_faults in in_lanes(job, batches, lanes):
+                progress.update(frames_done)
+                done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
+                for fault in new_faults:
+                    tqdm.write(f"skipped: {fault}", file=sys.stderr)
+    finally:
+        torch.set_num_threads(threads)
+    return done, frames, faults
 
 
 def main() -> int:
@@ -343,13 +273,10 @@ def main() -> int:
     device = processes.device
     if processes.first:
         print(log_header(device), flush=True)
-    model, checkpoint = load_model(UNet, args.ckpt)
-    model = model.to(device, memory_format=torch.channels_last).eval().fuse()
-    if args.compile:
-        size = (args.batch_size, 3, *FRAME_SIZE)
-        compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
-    data = find_data(args.data, checkpoint, args.ckpt)
-    targets = plan(data, args.out)
+    checkpoint = load_checkpoint(args.ckpt)
+    model = UNet.from_checkpoint(checkpoint, args.ckpt)
+    model = make_ready(model, device, args.batch_size, args.compile)
+    targets = plan(find_data(args.data, checkpoint, args.ckpt), args.out)
     targets = dict(list(targets.items())[processes.rank :: processes.count])
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
@@ -372,15 +299,22 @@ def main() -> int:
     totals = torch.tensor([done, frames, len(faults)], device=device)
     processes.add_up(totals)
     done, frames, skipped = totals.tolist()
-    seconds = time.perf_counter() - start
     if processes.first:
-        print(
-            f"{done} videos, {frames} frames in {seconds:.1f} s "
-            f"({frames / seconds:.1f} frames/s) -> {args.out}"
-        )
+        seconds = time.perf_counter() - start
+        rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
+        print(f"{done} videos, {frames} frames in {rate} -> {args.out}")
         if skipped:
             print(f"{skipped} videos skipped, see above", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: bool) -> UNet:
+    """Return the network on its device, fused and, if it can be, compiled."""
+    model = model.to(device, memory_format=torch.channels_last).eval().fuse()
+    if compiled:
+        size = (batch_size, 3, *FRAME_SIZE)
+        compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
+    return model
 
 
 def parse_args() -> argparse.Namespace:
@@ -392,8 +326,10 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", type=Path, required=True, help="weights: a file that train.py wrote")
     add("--out", type=Path, required=True, help="folder for the masks")
     add("--data", type=Path, help="folder of videos (default: what the weights were trained on)")
-    add("--batch-size", type=_positive, default=22, help="frames at once (default: 22, one video)")
-    add("--workers", type=_count, help="processes that decode frames; 0: this one alone")
+    add(
+        "--batch-size", type=at_least(1), default=22, help="frames at once (default: 22, one video)"
+    )
+    add("--workers", type=at_least(0), help="processes that decode frames; 0: this one alone")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add("--no-consistency", action="store_true", help="label each frame by itself")
@@ -401,15 +337,5 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _count(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"give a whole number, at least {least}, not {text}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _count(text, least=1)
-
-
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

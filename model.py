@@ -1,34 +1,51 @@
 """The network: a UNet whose 49 logits are put together from object, shape, material and colour.
 
-The default is small and made for speed: it folds the frame to half resolution, works with
-residual blocks and additive skips, and decides what an object is on coarse grids before it draws
-the edge. `UNet(**CLASSIC)` is the conventional UNet of Ronneberger et al. 2015
-(https://arxiv.org/abs/1505.04597) with batch normalisation and 64..1024 channels.
+    model = UNet.load("weights/clevr_unet.pt")
+    labels = model.predict(frames)  # uint8 (B, 3, H, W) to uint8 (B, H, W), ids 0..48
+    logits = model(frames)          # (B, 49, H, W)
+
+It is small and made for speed: it folds the frame to half resolution, works with residual blocks
+and additive skips, and decides what an object is on coarse grids before it draws the edge. What
+it learns from and what it is read by are methods beside `forward`, since both depend on what its
+heads mean: `stages`, the raw answers; `loss`, `labels` and `evidence`, which take them.
 """
 
+import copy
 import math
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dataset import COLOURS, MATERIALS, NUM_CLASSES, SHAPES
+from classes import FACTOR_SIZES, factors, from_factors
+from utils import UserError, load_checkpoint, mixed_precision
 
-FACTOR_SIZES = (len(SHAPES), len(MATERIALS), len(COLOURS))
-NUM_FACTORS = sum(FACTOR_SIZES)  # logits of what an object is
-CLASSIC = {
-    "widths": (64, 128, 256, 512, 1024),
-    "stem_stride": 1,
-    "residual": False,
-    "light": False,
-    "factored": False,
+NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
+FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
+CONTRAST_CELLS = 5  # each way, that local contrast is relative to: 10 pixels, half an object
+BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
+COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
+DELETED_SWITCHES = {  # of networks of earlier versions, and what they were in the default one
+    "in_channels": 3,
+    "num_classes": 49,
+    "stem_stride": FOLD,
+    "residual": True,
+    "light": True,
+    "factored": True,
 }
 
-# Logits of one stage: (B, num_classes, h, w); or, factored, of "object" (B, 1, h, w) and of what
-# kind (B, 13, h, w), the latter perhaps of coarser cells.
-Stage = Tensor | tuple[Tensor, Tensor]
+
+class Stage(NamedTuple):
+    """What one stage of the decoder says of cells of 2^n x 2^n pixels."""
+
+    thing: Tensor  # (B, 1, h, w) logit of "there is an object"
+    kind: Tensor  # (B, 13, h, w) logits of 3 shapes, 2 materials and 8 colours, maybe coarser
 
 
 class Layer(nn.Module):
@@ -44,153 +61,200 @@ class Layer(nn.Module):
         return F.relu(self.norm1(self.conv1(x)), inplace=True)
 
 
-class Block(Layer):
-    """Two such convolutions; `residual` adds the input to the output."""
+class Block(nn.Module):
+    """Two such convolutions and a shortcut around them (He et al. 2015, arXiv:1512.03385)."""
 
-    def __init__(self, in_channels: int, out_channels: int, residual: bool):
-        super().__init__(in_channels, out_channels)
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = None
-        if residual:
-            same = in_channels == out_channels
-            self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
-        y = self.norm2(self.conv2(super().forward(x)))
-        y = y if self.shortcut is None else y.add_(self.shortcut(x))
-        return F.relu(y, inplace=True)
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
 
 
 class UNet(nn.Module):
     """Encoder, decoder and skip connections; logits of every class for every pixel.
 
     Args:
-        in_channels: Channels of a frame.
-        num_classes: Channels of the output; 49 where `factored`.
         widths: Channels of each stage, finest first; each stage halves the resolution.
-        blocks: Blocks of two convolutions in each encoder stage (one number for all, or one per
-            stage).
-        stem_stride: 2 folds 2x2 pixels into channels before the first stage (and unfolds the
-            logits), so that no convolution runs at full resolution; 1 does not.
-        residual: Residual blocks, additive skips and an input channel of local contrast; else the
-            classic design.
-        light: The finest stage of the encoder, and each of the decoder, is a single convolution.
-        factored: The 49 logits are sums of one logit for "object" and those of its shape,
-            material and colour, told by every stage of the decoder and added up; else 49
-            independent channels of the last.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        num_classes: int = NUM_CLASSES,
-        widths: Sequence[int] = (32, 48, 96, 160),
-        blocks: int | Sequence[int] = 1,
-        stem_stride: int = 2,
-        residual: bool = True,
-        light: bool = True,
-        factored: bool = True,
-    ):
+    def __init__(self, widths: Sequence[int] = (32, 48, 96, 160)):
         super().__init__()
-        widths = tuple(widths)
-        blocks = (blocks,) * len(widths) if isinstance(blocks, int) else tuple(blocks)
-        if factored and num_classes != NUM_CLASSES:
-            raise ValueError(f"factored logits are for {NUM_CLASSES} classes, not {num_classes}")
-        if len(blocks) != len(widths):
-            raise ValueError(f"{len(widths)} widths need as many numbers of blocks: {blocks}")
-        self.config = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "widths": list(widths),
-            "blocks": list(blocks),
-            "stem_stride": stem_stride,
-            "residual": residual,
-            "light": light,
-            "factored": factored,
-        }
-        self.residual, self.factored, self.num_classes = residual, factored, num_classes
-        self.stem_stride = stem_stride
-        self.multiple = stem_stride * 2 ** (len(widths) - 1)
-
-        self.fold = nn.PixelUnshuffle(stem_stride)
-        self.unfold = nn.PixelShuffle(stem_stride)
-        folded = (in_channels + residual) * stem_stride**2
-        self.encoder = nn.ModuleList()
-        for before, width, number in zip((folded, *widths), widths, blocks, strict=False):
-            if light and not self.encoder:
-                self.encoder.append(nn.Sequential(Layer(before, width)))
-                continue
-            stage = [Block(before, width, residual)]
-            stage += [Block(width, width, residual) for _ in range(number - 1)]
-            self.encoder.append(nn.Sequential(*stage))
-        self.up = nn.ModuleList()
-        self.decoder = nn.ModuleList()
-        self.heads = nn.ModuleList()  # of each stage of the decoder, or of the last one alone
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"a UNet has at least two stages of one channel or more: {widths}")
+        self.config = {"widths": list(widths)}
+        self.multiple = FOLD ** len(widths)  # pixels: what height and width are padded to
+        folded = 4 * FOLD**2  # red, green, blue and grey of the folded pixels
+        # Each stage of the encoder is a sequence of blocks, of which one has proved enough.
+        self.encoder = nn.ModuleList([nn.Sequential(Layer(folded, widths[0]))])
+        self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for fine, coarse in zip(widths, widths[1:], strict=False):
+            self.encoder.append(nn.Sequential(Block(fine, coarse)))
         for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True):
             self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-            before = fine if residual else 2 * fine
-            self.decoder.append(Layer(before, fine) if light else Block(before, fine, residual))
-            if factored:
-                self.heads.append(nn.Conv2d(fine, 1 + NUM_FACTORS, 1))
-        # Whether there is an object is told for every pixel, what it is for every s x s of them.
-        self.outputs = (stem_stride**2 * (1 if factored else num_classes), NUM_FACTORS * factored)
-        self.heads = self.heads[:-1].append(nn.Conv2d(widths[0], sum(self.outputs), 1))
+            self.decoder.append(Layer(fine, fine))
+        for fine in widths[-2:0:-1]:
+            self.heads.append(nn.Conv2d(fine, 1 + NUM_FACTORS, 1))
+        # The finest says of every pixel whether there is an object, of its cells what it is.
+        self.heads.append(nn.Conv2d(widths[0], FOLD**2 + NUM_FACTORS, 1))
 
-    def forward(self, frames: Tensor, stages: bool = False) -> Tensor | list[Stage]:
-        """Return logits (B, num_classes, H, W) of frames (B, C, H, W), uint8 or float in [0, 1].
+    @classmethod
+    def load(cls, path: str | Path) -> "UNet":
+        """Return the network of a checkpoint, ready to label, on the CPU in float32.
 
-        With `stages`, return the logits of every stage of the decoder that has some, coarsest
-        first, which is what a loss works on: (B, num_classes, H/s, W/s), rounded up, for strides
-        s = 2^n, the last with s = 1; where they are factored, a pair of those of "object" and of
-        its 3 shapes, 2 materials and 8 colours, the latter of the last stage with s = stem_stride.
-
-        Where the logits are factored, background has logit 0 and a class the logit of "object"
-        less what each of its factors falls short of the best: the largest of the 49 is an object's
-        exactly where "object" is likelier than not.
+        Raises:
+            UserError: not a checkpoint, or of another network.
         """
-        found = self._decode(frames)
-        if stages or not self.factored:
-            return found if stages else found[-1]
-        thing, kind = found[-1]
-        kind = _enlarge(kind, self.stem_stride, thing)
+        return cls.from_checkpoint(load_checkpoint(path), path).eval()
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any], path: str | Path) -> "UNet":
+        """Return the network of what `load_checkpoint` has read from `path`; else as `load`."""
+        config = dict(checkpoint["model_config"])
+        deeper = set(config.pop("blocks", ())) - {1}
+        odd = [name for name, usual in DELETED_SWITCHES.items() if config.pop(name, usual) != usual]
+        if odd or deeper:
+            raise UserError(
+                f"{path} is a network with another {(odd or ['blocks'])[0]}, "
+                "which this version no longer has: train anew"
+            )
+        try:
+            model = cls(**config)
+            model.load_state_dict(checkpoint["model"])  # half precision becomes float32 here
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines[:2])[:200]
+            raise UserError(
+                f"the weights in {path} do not fit the network of model.py ({reason}): "
+                "give a file that train.py of this version wrote"
+            ) from None
+        return model
+
+    def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return logits (B, 49, H, W) of frames (B, 3, H, W), uint8 or float in [0, 1].
+
+        Background has logit 0 and a class the logit of "object" less what each of its factors
+        falls short of the best: the largest of the 49 is an object's exactly where "object" is
+        likelier than not.
+
+        With a mask (B, H, W) of ids, return the loss instead: training goes through here, as
+        DistributedDataParallel demands, and needs no 49 channels.
+        """
+        stages = self.stages(frames)
+        if mask is not None:
+            return self.loss(stages, mask)
+        thing, kind = stages[-1]
+        kind = _enlarge(kind, thing)  # (B, 13, H, W)
         shape, material, colour = (
             f - f.amax(dim=1, keepdim=True) for f in kind.split(FACTOR_SIZES, dim=1)
         )
         classes = thing[:, :, None, None] + shape[:, :, None, None]  # (B, 3, 1, 1, H, W)
-        classes = classes + material[:, None, :, None] + colour[:, None, None]
+        classes = classes + material[:, None, :, None] + colour[:, None, None]  # (B, 3, 2, 8, H, W)
         return torch.cat((torch.zeros_like(thing), classes.flatten(1, 3)), dim=1)
 
-    @torch.inference_mode()
-    def predict(self, frames: Tensor) -> Tensor:
-        """Return labels (B, H, W) uint8: the argmax over `forward`, without its 49 channels."""
-        return self.labels(self(frames, stages=True)[-1])
+    def stages(self, frames: Tensor) -> list[Stage]:
+        """Return what every stage of the decoder says, coarsest first; frames as of `forward`.
 
-    @torch.inference_mode()
-    def evidence(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        Stages are cut to the frame: (H, W) over the width of their cells, rounded up. The last
+        one's cells are pixels for `thing`, and FOLD x FOLD of them for `kind`.
+        """
+        height, width = frames.shape[-2:]
+        x = self._fold(frames)  # (B, 16, H/2, W/2), H and W rounded up to self.multiple
+        x = self.encoder[0](x)  # (B, widths[0], H/2, W/2)
+        skips = []
+        for stage in self.encoder[1:]:
+            skips.append(x)
+            x = stage(F.max_pool2d(x, 2))  # (B, widths[i], H/2^(i+1), W/2^(i+1))
+        maps = []
+        for up, stage in zip(self.up, self.decoder, strict=True):
+            x = stage(up(x).add_(skips.pop()))  # (B, widths[i], H/2^(i+1), W/2^(i+1))
+            maps.append(x)
+        answers = [head(x) for head, x in zip(self.heads, maps, strict=True)]  # (B, 1 + 13, h, w)
+        things, kind = answers[-1].split((FOLD**2, NUM_FACTORS), dim=1)  # of (B, 4 + 13, h, w)
+        for coarser, finer in pairwise(answers[:-1]):  # each only corrects the one before
+            finer += _double(coarser)
+        if len(answers) > 1:
+            coarser = _double(answers[-2])
+            things, kind = things + coarser[:, :1], kind + coarser[:, 1:]
+        answers[-1] = kind
+        *coarse, kind = (self._cut(cells, i, height, width) for i, cells in enumerate(answers))
+        thing = F.pixel_shuffle(things, FOLD)[..., :height, :width]
+        return [*(Stage(*c.split((1, NUM_FACTORS), dim=1)) for c in coarse), Stage(thing, kind)]
+
+    def _cut(self, cells: Tensor, i: int, height: int, width: int) -> Tensor:
+        """Cut what stage i of the decoder says to a frame of height x width pixels."""
+        pixels = FOLD ** (len(self.decoder) - i)  # each way in a cell
+        return cells[..., : math.ceil(height / pixels), : math.ceil(width / pixels)]
+
+    def _fold(self, frames: Tensor) -> Tensor:
+        """Scale frames to about [-2, 2], add local contrast, pad to what the stages need, fold.
+
+        Local contrast is grey less its mean over CONTRAST_CELLS x CONTRAST_CELLS cells of
+        FOLD x FOLD pixels.
+        """
+        x = frames if frames.is_floating_point() else frames / 255
+        x = 4 * x - 1.8
+        x = torch.cat((x, 2 * x.mean(dim=1, keepdim=True)), dim=1)  # (B, 4, H, W)
+        height, width = x.shape[-2:]
+        pad = (-width % self.multiple, -height % self.multiple)
+        if any(pad):
+            x = F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate")
+        x = F.pixel_unshuffle(x, FOLD).contiguous(memory_format=torch.channels_last)
+        grey = x[:, -(FOLD**2) :]
+        cells = grey.mean(dim=1, keepdim=True)
+        size = CONTRAST_CELLS
+        grey -= F.avg_pool2d(cells, size, 1, padding=size // 2, count_include_pad=False)
+        return x
+
+    def loss(self, stages: list[Stage], mask: Tensor) -> Tensor:
+        """Return the loss (a scalar) of what `stages` says of frames with the ids (B, H, W).
+
+        Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a
+        cross entropy each over object pixels alone, so that the 95 % of background do not drown
+        what the objects are. Coarse stages learn from the pixel at the middle of each cell.
+        """
+        total = torch.zeros((), device=mask.device)
+        for stage in stages[:-1]:
+            total = total + COARSE_WEIGHT * _stage_loss(stage, middle_ids(mask, stage.thing))
+        return total + _stage_loss(stages[-1], mask)
+
+    def frame_losses(self, stages: list[Stage], mask: Tensor) -> Tensor:
+        """Return the loss of each frame by itself, (B,); arguments as of `loss`."""
+        losses = []
+        for i in range(len(mask)):
+            alone = [Stage(thing[i : i + 1], kind[i : i + 1]) for thing, kind in stages]
+            losses.append(self.loss(alone, mask[i : i + 1]))
+        return torch.stack(losses)
+
+    def labels(self, stages: list[Stage]) -> Tensor:
+        """Return labels (B, H, W) uint8: the argmax over the 49 logits, without making them."""
+        thing, kind = stages[-1]
+        ids = from_factors(*(f.max(dim=1)[1] for f in kind.split(FACTOR_SIZES, dim=1)))
+        return (_enlarge(ids[:, None].to(torch.uint8), thing) * (thing > 0))[:, 0]
+
+    def evidence(self, stages: list[Stage]) -> tuple[Tensor, Tensor]:
         """Return where objects are, and what speaks for each kind of object there.
 
         Returns:
-            (B, H, W) bool, where `predict` sees an object, and (N, 13) logits of shape, material
-            and colour at the N pixels so marked, or (N, num_classes - 1) if not factored.
+            (B, H, W) bool, where `labels` sees an object, and (N, 13) logits of shape, material
+            and colour at the N pixels so marked.
         """
-        logits = self(frames, stages=True)[-1]
-        if not self.factored:
-            objects = logits.argmax(dim=1) > 0
-            return objects, logits[:, 1:].movedim(1, -1)[objects]
-        thing, kind = logits
+        thing, kind = stages[-1]
         objects = thing[:, 0] > 0
         return objects, at_pixels(kind, objects)
 
-    def labels(self, logits: Stage) -> Tensor:
-        """Return labels (B, H, W) uint8 of the last of forward's stages."""
-        if not self.factored:
-            return logits.argmax(dim=1).to(torch.uint8)
-        thing, kind = logits
-        shape, material, colour = (f.max(dim=1)[1] for f in kind.split(FACTOR_SIZES, dim=1))
-        label = (16 * shape + 8 * material + colour + 1).to(torch.uint8)
-        return (_enlarge(label[:, None], self.stem_stride, thing) * (thing > 0))[:, 0]
+    @torch.inference_mode()
+    def predict(self, frames: Tensor) -> Tensor:
+        """Return labels (B, H, W) uint8 of frames (B, 3, H, W), uint8 or float in [0, 1]."""
+        return self.labels(self.stages(frames))
 
     def fuse(self) -> "UNet":
         """Fold the batch normalisation into the convolutions: faster, but no longer trainable."""
@@ -203,56 +267,29 @@ class UNet(nn.Module):
                     setattr(layer, f"norm{n}", nn.Identity())
         return self
 
-    def _decode(self, frames: Tensor) -> list[Stage]:
-        """Return what `forward` does with `stages`."""
-        height, width = frames.shape[-2:]
-        x = self._prepare(frames)  # (B, 4s^2, H'/s, W'/s), H' and W' multiples of self.multiple
-        skips = []
-        for i, stage in enumerate(self.encoder):
-            x = stage(F.max_pool2d(x, 2) if i else x)  # (B, widths[i], H'/s/2^i, W'/s/2^i)
-            skips.append(x)
-        maps = [skips.pop()]
-        for up, stage in zip(self.up, self.decoder, strict=True):
-            x, skip = up(x), skips.pop()  # (B, C/2, 2h, 2w)
-            x = stage(x.add_(skip) if self.residual else torch.cat((skip, x), dim=1))
-            maps.append(x)
-        if not self.factored:
-            return [self.unfold(self.heads[0](x))[..., :height, :width]]
-        things, kind = self.heads[-1](x).split(self.outputs, dim=1)
-        coarse: list[Tensor] = []
-        for head, x in zip(self.heads[:-1], maps[-len(self.heads) : -1], strict=True):
-            logits = head(x)
-            coarse.append(logits.add_(_double(coarse[-1])) if coarse else logits)
-        if coarse:
-            base = _double(coarse[-1])
-            things, kind = things + base[:, :1], kind + base[:, 1:]
-        strides = [self.stem_stride * 2**i for i in range(len(coarse), -1, -1)]
-        *coarse, kind = (
-            cells[..., : -(-height // s), : -(-width // s)]
-            for cells, s in zip([*coarse, kind], strides, strict=True)
-        )
-        thing = self.unfold(things)[..., :height, :width]
-        return [*(c.split((1, NUM_FACTORS), dim=1) for c in coarse), (thing, kind)]
 
-    def _prepare(self, frames: Tensor) -> Tensor:
-        """Scale frames to about [-2, 2], add local contrast, pad to what the stages need, fold.
+def _stage_loss(stage: Stage, mask: Tensor) -> Tensor:
+    """Return the loss of one stage against ids (B, h, w), one for each cell of `thing`."""
+    inside = mask > 0
+    loss = BACKGROUND_WEIGHT * F.binary_cross_entropy_with_logits(
+        stage.thing[:, 0].float(), inside.float()
+    )
+    ids = mask[inside].long()
+    if len(ids):
+        logits = at_pixels(stage.kind, inside).float().split(FACTOR_SIZES, dim=1)
+        for answer, truth in zip(logits, factors(ids), strict=True):
+            loss = loss + F.cross_entropy(answer, truth)
+    return loss
 
-        Local contrast is grey less its mean over 5 x 5 cells (of `stem_stride` pixels each way).
-        """
-        x = frames if frames.is_floating_point() else frames / 255
-        x = 4 * x - 1.8
-        if self.residual:
-            x = torch.cat((x, 2 * x.mean(dim=1, keepdim=True)), dim=1)
-        height, width = x.shape[-2:]
-        pad = (-width % self.multiple, -height % self.multiple)
-        if any(pad):
-            x = F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate")
-        x = self.fold(x).contiguous(memory_format=torch.channels_last)
-        if self.residual:
-            grey = x[:, -(self.stem_stride**2) :]
-            cells = grey.mean(dim=1, keepdim=True)
-            grey -= F.avg_pool2d(cells, 5, stride=1, padding=2, count_include_pad=False)
-        return x
+
+def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:
+    """Return the ids (B, h, w) at the middle of the cells (B, C, h, w) of a mask (B, H, W)."""
+    width = cell_width(cells, mask)
+    rows, columns = (
+        (width * torch.arange(number, device=mask.device) + width // 2).clamp(max=pixels - 1)
+        for number, pixels in zip(cells.shape[-2:], mask.shape[-2:], strict=True)
+    )
+    return mask[:, rows[:, None], columns]
 
 
 def at_pixels(cells: Tensor, where: Tensor) -> Tensor:
@@ -276,8 +313,30 @@ def _double(logits: Tensor) -> Tensor:
     return F.interpolate(logits, scale_factor=2, mode="bilinear")
 
 
-def _enlarge(cells: Tensor, stride: int, like: Tensor) -> Tensor:
-    """Repeat every cell of (B, C, h, w) `stride` times each way; cut to the size of `like`."""
-    if stride > 1:
-        cells = F.interpolate(cells, scale_factor=stride, mode="nearest")
+def _enlarge(cells: Tensor, like: Tensor) -> Tensor:
+    """Repeat every cell of (B, C, h, w) FOLD times each way; cut to the size of `like`."""
+    cells = F.interpolate(cells, scale_factor=FOLD, mode="nearest")
     return cells[..., : like.shape[-2], : like.shape[-1]]
+
+
+def compile_network(model: UNet, frames: Tensor) -> None:
+    """Compile a network in place; where that fails, say why in a line and leave it as it is.
+
+    Args:
+        model: If it is in training, its backward is compiled as well.
+        frames: A batch as it will come; other sizes are compiled when they come.
+    """
+    trial = copy.deepcopy(model)  # its batch statistics change
+    trial.stages = torch.compile(trial.stages)
+    try:
+        with mixed_precision(frames.device), torch.inference_mode(not model.training):
+            stages = trial.stages(frames)
+        if model.training:
+            sum(part.float().mean() for stage in stages for part in stage).backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Triton, a bug in one of them
+        reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
+        print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
+    else:
+        model.stages = torch.compile(model.stages)

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from classes import NUM_CLASSES
 from raytrace import CELL, develop, lamp_points, render_frames
 from scene import make_scene
-from utils import UserError, atomic_write, choose_device, run_script
+from utils import UserError, at_least, atomic_write, choose_device, run_script, usable_cpus
 
 RENDERER = 1  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of CLEVRER's videos; pixels
 RECORD = "render.json"  # beside the videos: what made them
+DEMO_DATA, DEMO_VIDEOS, DEMO_OBJECTS = Path("data/demo"), 160, (4, 10)  # where no data is given
 REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
@@ -142,9 +143,7 @@ def _spell(value: Any) -> str:
 
 def default_workers() -> int:
     """Return how many processes render: one per core that this process may use, at most 32."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return min(len(os.sched_getaffinity(0)), 32)
-    return min(os.cpu_count() or 1, 32)
+    return min(usable_cpus(), 32)
 
 
 def render_dataset(
@@ -189,25 +188,26 @@ def render_dataset(
             raise
 
 
+def render_demo() -> None:
+    """Render what is missing of the videos that train.py and benchmark.py use by default."""
+    render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS)
+
+
 def parse_args() -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the video_K folders")
-    add("--videos", type=int, required=True, help="how many, of 22 frames each")
-    add("--start", type=int, default=0, help="number of the first (default %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same bytes (default %(default)s)")
+    add("--videos", type=at_least(1), required=True, help="how many, of 22 frames each")
+    add("--start", type=at_least(0), default=0, help="number of the first (default %(default)s)")
+    add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default %(default)s)")
     add("--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video")
-    add("--workers", type=int, help="processes (default: one per usable core, to 32)")
+    add("--workers", type=at_least(1), help="processes (default: one per usable core, to 32)")
     add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     args = parser.parse_args()
-    if args.videos < 1 or args.start < 0 or args.seed < 0:
-        parser.error("--videos must be at least 1, and --start and --seed at least 0")
     kinds = NUM_CLASSES - 1
     if not 1 <= args.objects[0] <= args.objects[1] <= kinds:
         parser.error(f"--objects needs 1 <= MIN <= MAX <= {kinds}, the number of kinds of objects")
-    if args.workers is not None and args.workers < 1:
-        parser.error("--workers must be at least 1")
     return args
 
 

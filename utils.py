@@ -1,7 +1,7 @@
-"""What every script needs: errors, seeds, devices, whole-or-not-at-all files, checkpoints, logs."""
+"""What every script needs: errors, devices, processes, whole-or-not-at-all files, checkpoints."""
 
+import argparse
 import contextlib
-import copy
 import ctypes
 import os
 import platform
@@ -16,27 +16,30 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning; load_checkpoint reads the old ones
+CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """One sentence for the user: it names the file or the option and says what to do."""
 
 
-def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None:
+def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status.
 
-    `UserError`, `OSError` and the given `errors` become one sentence on stderr and exit status 2;
-    Ctrl-C exits with 130. Anything else is a bug and keeps its traceback.
+    `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
+    130, a reader that has gone (`| head`) with 141. Anything else is a bug and keeps its traceback.
     """
     keep_freed_memory()
     try:
-        sys.exit(main() or 0)
-    except (UserError, OSError, *errors) as error:
-        if isinstance(error, BrokenPipeError):  # `python evaluate.py ... | head`
-            sys.stderr.close()
-            sys.exit(141)
-        sys.exit(_fail(" ".join(str(error).split()) or type(error).__name__))
+        status = main() or 0
+        sys.stdout.flush()  # here, where a broken pipe can still be caught
+        sys.exit(status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -45,9 +48,15 @@ def run_script(main: Callable[[], int | None], *errors: type[Exception]) -> None
             torch.distributed.destroy_process_group()
 
 
-def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number that is not below `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"give a whole number, at least {least}, not {text!r}")
+        return int(text)
+
+    return read
 
 
 def keep_freed_memory() -> None:
@@ -63,28 +72,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
-    """Compile a network in place; where that fails, say why in a line and leave it as it is.
-
-    Args:
-        model: called as model(frames, stages=True); if it is in training, so is its backward.
-        frames: a batch as it will come; other sizes are compiled when they come.
-    """
-    trial = copy.deepcopy(model)  # its batch statistics change
-    trial.compile()
-    try:
-        with mixed_precision(frames.device), torch.inference_mode(not model.training):
-            stages = trial(frames, stages=True)
-        if model.training:
-            pairs = ([stage] if isinstance(stage, torch.Tensor) else stage for stage in stages)
-            sum(part.float().mean() for pair in pairs for part in pair).backward()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # no compiler, no Triton, a bug in one of them
-        reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
-        print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
-    else:
-        model.compile()
+def usable_cpus() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def seed_everything(seed: int) -> None:
@@ -197,6 +189,12 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
+def delete_scraps(path: Path) -> None:
+    """Delete what killed runs of `atomic_write` have left beside `path`."""
+    for scrap in path.parent.glob(f".{path.name}.*.tmp"):
+        scrap.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads."""
     with atomic_write(path) as file:
@@ -211,7 +209,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         `{"model": state_dict, "model_config": {}}`, a UNet built with defaults.
 
     Raises:
-        UserError: not a checkpoint, or damaged.
+        UserError: not a checkpoint, damaged, or of another version's format.
     """
     path = Path(path)
     if not path.is_file():
@@ -229,52 +227,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
     if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         return {"model": checkpoint, "model_config": {}}
-    if not isinstance(checkpoint.get("model"), dict) or "model_config" not in checkpoint:
+    has_model = isinstance(checkpoint.get("model"), dict)
+    if not has_model or not isinstance(checkpoint.get("model_config"), dict):
         raise UserError(f"{path} holds no model: give a file that train.py wrote")
-    if checkpoint.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by a newer version of this project: update it")
-    if checkpoint.get("format") == 1:  # all stages were blocks
-        checkpoint["model_config"] = {"light": False, **checkpoint["model_config"]}
+    found = checkpoint.get("format", CHECKPOINT_FORMAT)
+    if found != CHECKPOINT_FORMAT:
+        age, cure = ("newer", "update it") if found > CHECKPOINT_FORMAT else ("older", "train anew")
+        raise UserError(f"{path} was written by an {age} version of this project: {cure}")
     return checkpoint
-
-
-def load_model(
-    network: Callable[..., torch.nn.Module], path: str | Path
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Rebuild `network(**model_config)` with the weights of a checkpoint, on the CPU in float32.
-
-    Returns:
-        The network and its checkpoint.
-
-    Raises:
-        UserError: not a checkpoint, or its weights do not fit the network.
-    """
-    checkpoint = load_checkpoint(path)
-    try:
-        model = network(**checkpoint["model_config"])
-        model.load_state_dict(checkpoint["model"])  # half precision becomes float32 here
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2])[:200]
-        raise UserError(
-            f"the weights in {path} do not fit the network of model.py ({reason}): "
-            "give a file that train.py of this version wrote"
-        ) from None
-    return model, checkpoint
 
 
 def log_header(device: torch.device) -> str:
     """Say where a log came from: command, versions, commit and device."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (
         f"command: python {' '.join(sys.argv)}\n"
         f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, commit {commit or 'none'}\n"
+        f"numpy {np.__version__}, commit {_commit() or 'none'}\n"
         f"device: {device} ({name}), {torch.get_num_threads()} threads"
     )
+
+
+def _commit() -> str | None:
+    """Return the git commit of this code, None where git or the repository is missing."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except OSError:  # no git, as in slim containers
+        return None
+    return done.stdout.strip() or None

@@ -1,7 +1,84 @@
-"""Settings for all tests."""
+"""Settings and helpers for all tests."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from utils import run_script
 
 # Scripts run by several tests or workers at once share two cores: threads that spin while they
 # wait for each other would make that many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("CLEVR_REAL") or "no-real-videos")  # real videos, some with masks
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="no real videos: the environment variable CLEVR_REAL names a folder"
+)
+
+
+def write_video(folder: Path, frames: torch.Tensor, masks: torch.Tensor | None = None) -> None:
+    """Write frames uint8 (T, 3, H, W) and masks (T, H, W) as a video."""
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(frames):
+        pixels = np.ascontiguousarray(frame.permute(1, 2, 0).numpy())
+        PIL.Image.fromarray(pixels).save(folder / f"image_{t}.png")
+    if masks is not None:
+        np.save(folder / "mask.npy", masks.numpy())
+
+
+def make_video(folder: Path, frames=3, size=(6, 8), labelled=True, seed=0):
+    """Write a small video of noise; return its folder."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for t in range(frames):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"image_{t}.png")
+    if labelled:
+        np.save(folder / "mask.npy", rng.integers(0, 49, (frames, *size), dtype=np.uint8))
+    return folder
+
+
+def run(script: str, *args: object, launcher: tuple = (), **options) -> subprocess.CompletedProcess:
+    """Run a script of the project in a process of its own, as a user would."""
+    command = [sys.executable, *launcher, ROOT / script, *args]
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run([str(part) for part in command], check=False, **options)
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """Return the launcher that starts `run`'s script as several processes."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main in this process; return its exit status, stdout and stderr."""
+
+    def call_with(module, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(module.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call_with
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep decoded frames of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Return a folder of three labelled videos of noise, of 3 frames each."""
+    for i, name in enumerate(("video_10", "video_2", "video0")):
+        make_video(tmp_path / "data" / name, seed=i)
+    return tmp_path / "data"

@@ -1,39 +1,54 @@
-"""The arithmetic of the benchmark by hand, its peers, and a whole run that is tiny."""
+"""The arithmetic of the benchmark by hand, and a whole run that is tiny."""
 
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
+from conftest import write_video
 from torch import nn
-from torchvision.io import write_png
 
 import benchmark
+import infer
+import peers
+import speed
 import train
-from dataset import NUM_CLASSES
 from model import UNet
 from render import render_video
 
 CPU = torch.device("cpu")
-PEERS = [name for name in benchmark.NETWORKS if name not in benchmark.UNETS]
+TINY = {"ours": lambda: UNet(widths=(4, 8)), "classic": lambda: peers.classic_unet(width=4)}
 
 
-def network(name):
-    if name.startswith("smp"):
-        pytest.importorskip("segmentation_models_pytorch", reason="requirements-dev.txt has it")
-    torch.manual_seed(0)
-    return benchmark.NETWORKS[name]()
+@pytest.fixture
+def tiny(monkeypatch):
+    """Let there be two small networks, small frames and turns of one call."""
+    for name in list(peers.NETWORKS):
+        monkeypatch.delitem(peers.NETWORKS, name)
+    for name, build in TINY.items():
+        monkeypatch.setitem(peers.NETWORKS, name, build)
+    monkeypatch.setattr(speed, "SIZE", (16, 24))
+    monkeypatch.setattr(speed, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "SCRIPT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Return a folder of two rendered videos of 3 frames."""
+    for k in range(2):
+        write_video(tmp_path / f"data/video_{k}", *render_video([1, k], (2, 8), 3, "cpu", 64, 96))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "data"
 
 
 def test_ratio_is_that_of_the_medians():
-    assert benchmark.ratio([8.0, 90.0, 10.0], [5.0, 4.0, 0.1]) == 10.0 / 4.0
-    assert benchmark.ratio([1.0, 2.0], [3.0]) == 0.5
+    assert speed.ratio([8.0, 90.0, 10.0], [5.0, 4.0, 0.1]) == 10.0 / 4.0
+    assert speed.ratio([1.0, 2.0], [3.0]) == 0.5
 
 
 def test_rates_by_hand():
     times = {"end to end": [4.0, 2.0, 2.0], "alone": [0.5, 0.1, 0.9]}
-    first, alone = benchmark.rates(times, {"end to end": 100, "alone": 40})
+    first, alone = speed.rates(times, {"end to end": 100, "alone": 40})
     assert (first["frames_per_s"], first["end_to_end_over"]) == (50, 1)
     assert (alone["frames_per_s"], alone["end_to_end_over"]) == (80, pytest.approx(50 / 80))
 
@@ -49,36 +64,28 @@ def test_multiply_adds_by_hand():
         nn.Linear(4, 5),
     )
     by_hand = 9 * 3 * 8 * 10 * 12 + 4 * 8 * 4 * 5 * 6 + 4 * 5
-    assert benchmark.multiply_adds(model, torch.zeros(1, 3, 10, 12)) == by_hand
+    assert speed.multiply_adds(model, torch.zeros(1, 3, 10, 12)) == by_hand
+
+
+def test_multiply_adds_of_the_classic_unet():
+    """By hand, a frame of 160 x 240: pairs of convolutions, each stage's ups, the head."""
+    widths = [64, 128, 256, 512, 1024]
+    pixels = [160 * 240 // 4**i for i in range(5)]
+    by_hand = 64 * 49 * pixels[0]
+    for n, before, width in zip(pixels, [3, *widths], widths, strict=False):
+        by_hand += 9 * (before + width) * width * n
+    for n, width in zip(pixels, widths[:-1], strict=False):
+        by_hand += 2 * width * width * n + 9 * (2 * width + width) * width * n
+    model = peers.NETWORKS["classic"]()
+    assert speed.multiply_adds(model, torch.zeros(1, 3, 160, 240)) == by_hand == 28_341_043_200
 
 
 def test_turns_alternate():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = benchmark.take_turns(calls, {"a": 1, "b": 2}, 3, CPU)
+    times = speed.take_turns(calls, {"a": 1, "b": 2}, 3, CPU)
     assert "".join(order) == "abbabbabb"
     assert [len(times[name]) for name in "ab"] == [3, 3]
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_peers_label_train_and_fuse_as_a_unet_does(name):
-    model = network(name)
-    frames = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8)
-    masks = torch.zeros(2, 40, 56, dtype=torch.int64)
-    (logits,) = model(frames, stages=True)
-    assert logits.shape == (2, NUM_CLASSES, 40, 56)
-    optimizer = train.MuonAdamW(model, 1e-3)
-    train.loss_function([logits], masks).backward()
-    optimizer.step(1e-3)
-    model.eval()
-    with torch.no_grad():
-        logits = model(frames)
-        assert torch.equal(model(frames / 255), logits), "bytes and floats are the same frames"
-        labels, fused = model.predict(frames), model.fuse()(frames)
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels.long(), logits.argmax(dim=1))
-    assert torch.allclose(fused, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
 def test_a_peer_that_is_not_installed_is_left_out_in_a_line(monkeypatch, capsys):
@@ -91,36 +98,65 @@ def test_constants_are_the_defaults_of_the_scripts(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args()
     assert args.batch_size == benchmark.TRAIN_BATCH
-    assert args.learning_rate == benchmark.LEARNING_RATE
+    assert args.learning_rate == speed.LEARNING_RATE
     monkeypatch.setattr(sys, "argv", ["infer.py", "--ckpt", "a", "--out", "b"])
-    assert benchmark.infer.parse_args().batch_size == benchmark.INFER_BATCH
+    assert infer.parse_args().batch_size == speed.INFER_BATCH
 
 
-def test_a_tiny_run_writes_every_part(tmp_path, monkeypatch, capsys):
-    data, file = tmp_path / "data", tmp_path / "benchmark.json"
-    for k in range(2):
-        frames, masks = render_video([1, k], num_frames=3, height=64, width=96)
-        folder = data / f"video_{k}"
-        folder.mkdir(parents=True)
-        for t, frame in enumerate(frames):
-            write_png(frame, str(folder / f"image_{t}.png"))
-        np.save(folder / "mask.npy", masks.numpy())
-    tiny = {"ours": lambda: UNet(widths=(4, 8)), "classic": lambda: UNet(widths=(8, 8))}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(benchmark, "NETWORKS", tiny)
-    monkeypatch.setattr(benchmark, "SIZE", (16, 24))
-    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(benchmark, "SCRIPT_SECONDS", 0.0)
-    monkeypatch.setattr(benchmark.infer, "default_workers", lambda device: 0)
-    options = ["--data", data, "--json", file, "--repeats", 2, "--minutes", 0.02, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, options)])
+@pytest.mark.usefixtures("tiny")
+def test_peers_are_tried_in_both_memory_formats(monkeypatch):
+    tried, call = [], speed.network_call
+
+    def note(name, training, precision, layout, *batch):
+        tried.append((name, training, layout))
+        return call(name, training, precision, layout, *batch)
+
+    monkeypatch.setattr(speed, "network_call", note)
+    rows = speed.measure_networks(list(TINY), 1, 1, CPU)
+    for training in (False, True):
+        assert ("classic", training, "contiguous") in tried
+        assert ("classic", training, "channels_last") in tried
+        assert ("ours", training, "channels_last") in tried
+        assert ("ours", training, "contiguous") not in tried, "it lays out its input itself"
+    for row in rows:
+        assert {row["infer_layout"], row["train_layout"]} <= set(speed.LAYOUTS)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_call_trains_or_labels_in_the_layout_it_is_told(monkeypatch):
+    """By the parameters that it changes and by what the layers of the network see."""
+    built = []
+    monkeypatch.setitem(
+        peers.NETWORKS, "classic", lambda: built.append(TINY["classic"]()) or built[-1]
+    )
+    batch = speed.synthetic_batch(2, CPU)
+    assert batch[1].bool().float().mean() == pytest.approx(0.06, abs=0.03)
+    for training in (False, True):
+        for layout, form in speed.LAYOUTS.items():
+            call = speed.network_call("classic", training, "fp32", layout, *batch)
+            model, seen = built[-1], []
+            model.network.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+            before = [p.detach().clone() for p in model.parameters()]
+            call()
+            moved = [
+                not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)
+            ]
+            assert all(moved) if training else not any(moved)
+            assert seen[0].is_contiguous(memory_format=form)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_tiny_run_writes_every_part(data, tmp_path, call):
+    file = tmp_path / "benchmark.json"
+    options = ["--json", file, "--repeats", 2, "--minutes", 0.02, "--device", "cpu"]
     try:
-        benchmark.main()
+        status, printed, _ = call(benchmark, "--data", data, *options)
     finally:
         torch.use_deterministic_algorithms(False)  # as they were before train.py's recipe
+    assert status == 0
     result = json.loads(file.read_text())
     assert set(result) == {"header", "batch_size", "networks", "scripts", "quality"}
-    assert [row["network"] for row in result["quality"]] == list(tiny)
+    assert [row["network"] for row in result["quality"]] == list(TINY)
     assert all(row["steps"] > 0 and 0 <= row["miou"] <= 1 for row in result["quality"])
     for row in result["networks"]:
         assert len(row["infer_batch_s"]) == len(row["train_batch_s"]) == 2
@@ -128,7 +164,6 @@ def test_a_tiny_run_writes_every_part(tmp_path, monkeypatch, capsys):
             assert row["infer_over_ours"] == row["train_over_ours"] == 1
     scripts = {row["what"]: row["end_to_end_over"] for row in result["scripts"]}
     assert scripts["infer.py"] == scripts["train.py"] == 1
-    printed = capsys.readouterr().out
     for part in ("networks", "scripts", "quality"):
         assert f"| {' | '.join(benchmark.TABLES[part])} |" in printed
 

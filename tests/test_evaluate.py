@@ -1,7 +1,6 @@
 """Figures against torchmetrics, against values by hand, and faults that are named."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import evaluate
-from dataset import CLASS_NAMES, DataError, class_id
-from utils import run_script
+from classes import CLASS_NAMES, class_id
 
 GRAY_METAL_CUBE = class_id("cube", "metal", "gray")
 RED_METAL_CUBE = class_id("cube", "metal", "red")
@@ -35,16 +33,9 @@ def write_mask(folder, mask):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run evaluate.py with arguments; return its exit status, stdout and stderr."""
-
-    def run_with(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(evaluate.main, DataError)
-        return end.value.code, *capsys.readouterr()
-
-    return run_with
+def run(call):
+    """Run evaluate.py in this process; return its exit status, stdout and stderr."""
+    return lambda *arguments: call(evaluate, *arguments)
 
 
 @pytest.fixture
@@ -158,8 +149,8 @@ def test_a_single_video_can_be_scored(run, tmp_path, labels):
     ("break_it", "reason"),
     [
         (lambda path, mask: path.unlink(), "1 of 2 labelled videos have no prediction"),
-        (lambda path, mask: np.save(path, mask[:-1]), "(2, 4, 6)"),
-        (lambda path, mask: np.save(path, mask.transpose(0, 2, 1)), "(3, 6, 4)"),
+        (lambda path, mask: np.save(path, mask[:-1]), "too short: 2 masks, 3 frames"),
+        (lambda path, mask: np.save(path, mask.transpose(0, 2, 1)), "is 4 x 6, frames are 6 x 4"),
         (lambda path, mask: np.save(path, mask.astype(np.float32)), "float32"),
         (lambda path, mask: np.save(path, mask + np.uint8(1)), "49"),
         (lambda path, mask: np.save(path, mask.astype(np.int8) - 1), "-1"),
@@ -230,8 +221,3 @@ def test_picture_shows_frames_over_truth_over_prediction(run, tmp_path, labels):
     objects = labels[1] > 0
     assert len(np.unique(pred[:, 6:][objects], axis=0)) == 1
     assert np.array_equal(pred[:, 6:][~objects], truth[:, 6:][~objects])
-
-
-def test_each_class_has_a_paint_of_its_own():
-    painted = evaluate.draw_labels(torch.arange(49).view(1, 49))
-    assert len(painted[:, 0].T.unique(dim=0)) == 49

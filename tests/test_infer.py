@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, torchrun
+from conftest import run as run_alone
 from PIL import Image
 
 import infer
-from dataset import COLOURS, DataError, class_id
 from model import UNet
-from utils import mixed_precision, run_script, save_checkpoint
+from objects import consistent_labels
+from utils import mixed_precision, save_checkpoint
 
-SCRIPT = Path(infer.__file__)
+SCRIPT = ROOT / "infer.py"
 
 
 def write_video(folder, frames, size=(32, 48), seed=0):
@@ -74,17 +76,9 @@ def ckpt(tmp_path, network, data):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(call):
     """Run infer.py in this process; return its exit status, stdout and stderr."""
-
-    def run_with(*arguments):
-        argv = ["infer.py", "--device", "cpu", "--workers", "0", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as end:
-            run_script(infer.main, DataError)
-        return end.value.code, *capsys.readouterr()
-
-    return run_with
+    return lambda *arguments: call(infer, "--device", "cpu", "--workers", "0", *arguments)
 
 
 def masks_below(folder):
@@ -108,10 +102,10 @@ def assert_labels_of(mask, video, network, consistency=True):
     with mixed_precision(frames.device):
         expected = network.predict(frames)
     if consistency:
-        objects, evidence = zip(*infer.look(network, frames, True), strict=True)
-        objects = torch.stack(objects)
+        with mixed_precision(frames.device), torch.inference_mode():
+            objects, evidence = network.evidence(network.stages(frames))
         assert (objects == (expected > 0)).double().mean() > 0.97
-        expected = infer.consistent_labels(objects, torch.cat(evidence))
+        expected = consistent_labels(objects, evidence.half())
     expected = expected.numpy()
     assert mask.dtype == np.uint8
     assert mask.shape == expected.shape
@@ -121,12 +115,8 @@ def assert_labels_of(mask, video, network, consistency=True):
 def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network):
     write_video(data / "c/other", 2, size=(33, 47))  # a size of its own, no multiple of anything
     (data / "a/video_2/mask.npy").write_bytes(b"labels are not even read")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--ckpt", ckpt, "--out", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert "4 videos, 38 frames in " in done.stdout.splitlines()[-1]
     (data / "a/video_2/mask.npy").unlink()
     found = masks_below(tmp_path / "out")
@@ -187,7 +177,7 @@ def test_faulty_videos_are_named_and_the_others_done(run, tmp_path, data, ckpt, 
     for named in (
         "video_3/image_2.png",
         "video_4: missing frame: image_1.png",
-        "video_5: its frames are of different sizes, 48 x 32 and 8 x 8",
+        "video_5: frames of different sizes: 48 x 32, 8 x 8",
         "video_6/image_0.png",
     ):
         assert named in err
@@ -310,12 +300,8 @@ def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, netw
     assert any((own[name] != together[name]).any() for name in own)
 
 
-@pytest.mark.parametrize("config", [{"widths": (8, 16)}, {"widths": (8, 16), "factored": False}])
-def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, config):
-    network = random_network(**config)
-    weights = {"model": network.state_dict(), "model_config": network.config}
-    save_checkpoint(tmp_path / "net.pt", weights)
-    arguments = "--ckpt", tmp_path / "net.pt", "--batch-size"
+def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, network, ckpt):
+    arguments = "--ckpt", ckpt, "--batch-size"
     assert run(*arguments, 64, "--data", data, "--out", tmp_path / "all")[0] == 0
     assert run(*arguments, 5, "--data", data / "a/video_10", "--out", tmp_path / "one")[0] == 0
     together = np.load(tmp_path / "all/a/video_10/mask.npy")
@@ -324,91 +310,46 @@ def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, config):
     assert_labels_of(alone, data / "a/video_10", network)
 
 
-def logits_of(name, margin):
-    """Return the 13 logits of a pixel that looks like, say, "cube metal red" by a margin."""
-    names = ("cube", "sphere", "cylinder", "metal", "rubber", *COLOURS)
-    return torch.tensor([margin * (n in name.split()) for n in names])
-
-
-def scene(*blocks, frames=22):
-    """Return objects and evidence of blocks (frames, rows, columns, name, margin)."""
-    objects = torch.zeros(frames, 40, 60, dtype=torch.bool)
-    logits = torch.zeros(frames, 40, 60, 13)
-    for when, rows, columns, name, margin in blocks:
-        for t in when:
-            objects[t, rows, columns] = True
-            logits[t, rows, columns] = logits_of(name, margin)
-    return objects, logits[objects]
-
-
-LEFT, MIDDLE, RIGHT = slice(0, 20), slice(20, 40), slice(40, 60)
-ROWS = slice(10, 30)
-
-
-@pytest.mark.parametrize("kind", ["factored", "48 classes"])
-def test_a_class_that_flips_is_set_right_and_foreground_stays(kind):
-    flips = [3, 17]  # by a margin of 2, against 20 frames in which it is a cube by 6
-    rest = [t for t in range(22) if t not in flips]
-    objects, evidence = scene(
-        (rest, ROWS, LEFT, "cube metal red", 6.0),
-        (flips, ROWS, LEFT, "cylinder metal red", 2.0),
-        (range(22), slice(10, 11), LEFT, "cube metal gray", 1.0),  # its edge, in doubt
-    )
-    if kind == "48 classes":
-        evidence = evidence @ infer.membership(13)
-    labels = infer.consistent_labels(objects, evidence)
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels > 0, objects)
-    assert labels[objects].unique().tolist() == [class_id("cube", "metal", "red")]
-
-
-@pytest.mark.parametrize("frame", [0, 9, 21])
-def test_a_briefly_seen_object_keeps_its_class(frame):
-    """8 pixels in one frame, beside 8,800 of an object that differs in shape alone."""
-    objects, evidence = scene(
-        (range(22), ROWS, LEFT, "cube metal red", 8.0),
-        ([frame], slice(0, 4), slice(58, 60), "sphere metal red", 12.0),
-    )
-    labels = infer.consistent_labels(objects, evidence)
-    assert torch.equal(labels > 0, objects)
-    assert (labels[frame, 0:4, 58:60] == class_id("sphere", "metal", "red")).all()
-    assert (labels[:, ROWS, LEFT] == class_id("cube", "metal", "red")).all()
-
-
-def test_touching_objects_of_one_colour_keep_their_classes():
-    objects, evidence = scene(
-        (range(22), ROWS, LEFT, "cube rubber blue", 3.0),
-        (range(22), ROWS, MIDDLE, "cylinder rubber blue", 3.0),
-        (range(5), ROWS, RIGHT, "cylinder metal blue", 3.0),
-    )
-    labels = infer.consistent_labels(objects, evidence)
-    assert (labels[:, ROWS, LEFT] == class_id("cube", "rubber", "blue")).all()
-    assert (labels[:, ROWS, MIDDLE] == class_id("cylinder", "rubber", "blue")).all()
-    assert (labels[:5, ROWS, RIGHT] == class_id("cylinder", "metal", "blue")).all()
-    assert not labels[5:, ROWS, RIGHT].any()
-
-
-@pytest.mark.parametrize("pixels", [0, 1, 2])
-def test_one_frame_and_hardly_an_object(pixels):
-    blocks = [([0], slice(0, 1), slice(0, pixels), "sphere rubber cyan", 5.0)] if pixels else []
-    objects, evidence = scene(*blocks, frames=1)
-    labels = infer.consistent_labels(objects, evidence)
-    assert labels.shape == (1, 40, 60)
-    assert (labels[objects] == class_id("sphere", "rubber", "cyan")).all()
-    assert (labels > 0).sum() == pixels
-
-
-def test_two_processes_share_out_the_videos(run, tmp_path, data, ckpt):
-    """Three videos do not divide evenly; each is done once, to the same labels."""
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_out_the_videos(run, tmp_path, data, ckpt, processes):
+    """Each video is done once, to the same labels, though they do not divide evenly."""
+    shutil.copytree(data / "b/video_00001", data / "b/video_00002")
     arguments = ["--ckpt", ckpt, "--device", "cpu", "--workers", "0"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, SCRIPT, *arguments, "--out", tmp_path / "two"], capture_output=True, text=True
-    )
+    launcher = torchrun(processes)
+    done = run_alone("infer.py", *arguments, "--out", tmp_path / "many", launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "3 videos, 36 frames in " in done.stdout.splitlines()[-1]
+    assert "4 videos, 39 frames in " in done.stdout.splitlines()[-1]
     status, _, _ = run("--ckpt", ckpt, "--out", tmp_path / "one")
     assert status == 0
-    one, two = masks_below(tmp_path / "one"), masks_below(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+    one, many = masks_below(tmp_path / "one"), masks_below(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name], many[name]) for name in one)
+
+
+def test_processes_that_decode_ahead_change_nothing(call, run, tmp_path, data, ckpt):
+    (data / "a/video_10/image_3.png").write_bytes(b"no picture")
+    arguments = ("--ckpt", ckpt, "--device", "cpu", "--out")
+    status, _, err = call(infer, *arguments, tmp_path / "ahead", "--workers", 2)
+    assert status == 1
+    assert "video_10/image_3.png" in err
+    assert run("--ckpt", ckpt, "--out", tmp_path / "alone")[0] == 1
+    ahead, alone = masks_below(tmp_path / "ahead"), masks_below(tmp_path / "alone")
+    assert len(ahead) == 2
+    assert all(np.array_equal(ahead[name], alone[name]) for name in alone)
+
+
+def test_short_videos_fill_a_batch_and_none_is_torn():
+    lengths = [3, 5, 2, 22, 30, 1, 10, 11]
+    groups = list(infer.fill_batches(lengths, 11))
+    assert list(chain(*groups)) == list(range(8))
+    assert groups == [[0, 1, 2], [3], [4], [5, 6], [7]]
+    assert list(infer.fill_batches([], 11)) == []
+
+
+def test_few_wait_their_turn():
+    """What is read ahead of its result is bounded, or thousands of videos would fill the memory."""
+    taken = []
+    results = infer.in_lanes(lambda item: item, (taken.append(i) or i for i in range(100)), lanes=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    assert len(taken) <= 3 + 2 * 2 + 1
+    assert list(results) == list(range(3, 100))

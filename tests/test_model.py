@@ -1,29 +1,24 @@
-"""What the network promises: shapes, labels that are the argmax, and the classic configuration."""
+"""What the network promises: shapes, labels that are the argmax, a loss worked out by hand."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch._inductor import config as inductor_config
 
-from dataset import NUM_CLASSES, class_id
-from model import CLASSIC, UNet, at_pixels, cell_width
-from utils import compile_network, load_model
+from classes import NUM_CLASSES, class_id
+from model import DELETED_SWITCHES, Stage, UNet, at_pixels, cell_width, compile_network, middle_ids
+from utils import UserError, save_checkpoint
 
-SMALL = {"widths": (8, 12, 16)}
 CONFIGS = {
-    "default": SMALL,
-    "full resolution stem": {**SMALL, "stem_stride": 1},
-    "coarse stem": {**SMALL, "stem_stride": 4},
-    "blocks everywhere": {**SMALL, "blocks": (2, 1, 1), "light": False},
-    "classic": {**CLASSIC, "widths": (4, 8, 16)},
-    "factored classic": {**CLASSIC, "widths": (4, 8, 16), "factored": True},
-    "residual, 49 channels": {**SMALL, "factored": False},
+    "two stages": {"widths": (8, 12)},
+    "three stages": {"widths": (8, 12, 16)},
+    "stages alike": {"widths": (8, 8, 8, 8)},
 }
 
 
-def network(name: str) -> UNet:
+def network(name: str = "three stages") -> UNet:
     torch.manual_seed(0)
     model = UNet(**CONFIGS[name])
     model.train()
@@ -57,34 +52,35 @@ def test_predict_is_the_argmax_over_the_logits(name):
 
 
 def test_factored_logits_by_hand():
-    model = network("default")
+    model = network()
     outputs = torch.zeros(1, 14, 1, 3)
     thing, shape, material, colour = 0, slice(1, 4), slice(4, 6), slice(6, 14)
     outputs[0, thing, 0] = torch.tensor([2.0, -3.0, 0.5])
     outputs[0, shape, 0, 0] = torch.tensor([1.0, 5.0, 2.0])  # sphere
     outputs[0, material, 0, 0] = torch.tensor([0.0, 0.5])  # rubber
     outputs[0, colour, 0, 0] = torch.tensor([0.0, 0, 0, 0, 3, 0, 0, 1])  # brown
-    model.stem_stride = 1
-    stage = outputs[:, :1], outputs[:, 1:]
-    model._decode = lambda frames: [stage]
-    logits = model(torch.zeros(1, 3, 1, 3))[0, :, 0]
+    stage = Stage(outputs[:, :1], outputs[:, 1:])
+    twice = Stage(*(part.repeat_interleave(2, 2).repeat_interleave(2, 3) for part in stage))
+    model.stages = lambda frames: [twice._replace(kind=stage.kind)]  # cells of 2 x 2 pixels
+    logits = model(torch.zeros(1, 3, 2, 6))[0, :, 1, ::2]
     assert logits[0].tolist() == [0, 0, 0]  # background
     assert logits[class_id("sphere", "rubber", "brown"), 0] == 2.0
     assert logits[class_id("cylinder", "rubber", "brown"), 0] == 2.0 - 3.0
     assert logits[class_id("cube", "metal", "yellow"), 0] == 2.0 - 4.0 - 0.5 - 2.0
-    assert model.labels(stage)[0, 0].tolist() == [class_id("sphere", "rubber", "brown"), 0, 1]
+    brown = class_id("sphere", "rubber", "brown")
+    assert model.labels(model.stages(None))[0, 1].tolist() == [brown, brown, 0, 0, 1, 1]
 
 
 def test_bytes_and_floats_are_the_same_frame():
     frames = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
-    model = network("default")
+    model = network()
     with torch.inference_mode():
         assert torch.equal(model(frames), model(frames / 255))
 
 
 def test_folding_the_batch_normalisation_changes_no_label():
     frames = torch.rand(2, 3, 64, 96)
-    model = network("default")
+    model = network()
     with torch.inference_mode():
         before = model(frames)
         after = model.fuse()(frames)
@@ -92,15 +88,10 @@ def test_folding_the_batch_normalisation_changes_no_label():
 
 
 def test_a_frame_does_not_depend_on_its_batch():
-    model = network("default")
+    model = network()
     frames = torch.rand(5, 3, 48, 64)
     alone = torch.cat([model.predict(frame[None]) for frame in frames])
     assert torch.equal(model.predict(frames), alone)
-
-
-def test_the_classic_network_is_ronneberger_s():
-    parameters = sum(p.numel() for p in UNet(**CLASSIC).parameters())
-    assert parameters == pytest.approx(31.0e6, rel=0.01)
 
 
 def test_cells_at_pixels_by_hand():
@@ -114,25 +105,25 @@ def test_cells_at_pixels_by_hand():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiling_changes_nothing(monkeypatch, training):
     """With the tracer of torch.compile, but no code generator, which would take a minute."""
-    model = network("default").train(training)
+    model = network().train(training)
     frames = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     expected = copy.deepcopy(model).eval().predict(frames)
-    compile_with = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend="eager"))
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compile_with(call, backend="eager"))
     compile_network(model, frames)
-    assert model._compiled_call_impl is not None
+    assert "stages" in vars(model)
     assert torch.equal(model.eval().predict(frames), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @inductor_config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
 def test_without_a_compiler_the_network_stays_as_it_is(capsys, training):
-    model = network("default").train(training)
+    model = network().train(training)
     frames = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     compile_network(model, frames)
     assert capsys.readouterr().err.splitlines()[-1].startswith("--compile is left out")
-    assert len(model(frames, stages=True)) == 2
-    assert model._compiled_call_impl is None
+    assert len(model.stages(frames)) == 2
+    assert "stages" not in vars(model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -144,25 +135,100 @@ def test_config_rebuilds_the_model(name):
     assert torch.equal(model.predict(frames), twin.predict(frames))
 
 
-def test_checkpoints_of_before_light_networks_load(tmp_path):
-    model = UNet(**SMALL, light=False).eval()
-    config = {name: value for name, value in model.config.items() if name != "light"}
-    torch.save({"format": 1, "model": model.state_dict(), "model_config": config}, tmp_path / "old")
-    loaded, _ = load_model(UNet, tmp_path / "old")
+def test_loading_is_one_line_and_labelling_another(tmp_path):
+    model = network()
+    save_checkpoint(
+        tmp_path / "net.pt", {"model": model.state_dict(), "model_config": model.config}
+    )
     frames = torch.rand(1, 3, 32, 32)
-    assert torch.equal(loaded.eval().predict(frames), model.predict(frames))
+    loaded = UNet.load(tmp_path / "net.pt")
+    assert not loaded.training
+    assert torch.equal(loaded.predict(frames), model.predict(frames))
+
+
+def test_checkpoints_of_before_with_default_switches_load(tmp_path):
+    model = network()
+    switches = DELETED_SWITCHES | {"blocks": [1, 1, 1]} | model.config
+    save_checkpoint(tmp_path / "net.pt", {"model": model.state_dict(), "model_config": switches})
+    frames = torch.rand(1, 3, 32, 32)
+    assert torch.equal(UNet.load(tmp_path / "net.pt").predict(frames), model.predict(frames))
+
+
+@pytest.mark.parametrize(
+    ("change", "needle"),
+    [
+        ({"factored": False}, "factored"),
+        ({"light": False}, "light"),
+        ({"stem_stride": 1}, "stem_stride"),
+        ({"blocks": [2, 1, 1]}, "blocks"),
+        ({"depth": 3}, "depth"),
+        ({"widths": [8, 12]}, "do not fit"),
+        ({"widths": "wide"}, "do not fit"),
+    ],
+)
+def test_checkpoints_of_other_networks_get_a_sentence(tmp_path, change, needle):
+    model = network()
+    config = DELETED_SWITCHES | model.config | change
+    save_checkpoint(tmp_path / "net.pt", {"model": model.state_dict(), "model_config": config})
+    with pytest.raises(UserError, match=needle) as error:
+        UNet.load(tmp_path / "net.pt")
+    assert str(tmp_path / "net.pt") in str(error.value)
 
 
 def test_every_weight_learns():
-    model = network("default").train()
-    stages = model(torch.rand(2, 3, 64, 64), stages=True)
+    model = network().train()
+    stages = model.stages(torch.rand(2, 3, 64, 64))
     sum(part.square().mean() for stage in stages for part in stage).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
 
 
-def test_impossible_configurations_are_refused():
-    with pytest.raises(ValueError, match="49"):
-        UNet(num_classes=10)
-    with pytest.raises(ValueError, match="widths"):
-        UNet(widths=(8, 16), blocks=(1, 2, 3))
+def test_loss_by_hand():
+    """One object pixel, one background pixel: four cross entropies worked out with logarithms."""
+    mask = torch.tensor([[[class_id("sphere", "rubber", "brown"), 0]]])
+    logits = torch.zeros(1, 14, 1, 2)
+    logits[0, 0] = torch.tensor([0.0, np.log(3)])  # p(object) = 1/2 and 3/4
+    logits[0, 2, 0, 0] = np.log(2)  # p(sphere) = 2 / 4
+    logits[0, 5, 0, 0] = np.log(4)  # p(rubber) = 4 / 5
+    logits[0, 6, 0, 0] = np.log(9)  # p(brown) = 1 / 16, gray being 9 times as likely
+    expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
+    loss = network().loss([Stage(logits[:, :1], logits[:, 1:])], mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_of_a_frame_without_objects_is_finite():
+    coarse = Stage(torch.zeros(2, 1, 8, 8), torch.zeros(2, 13, 8, 8))
+    fine = Stage(torch.zeros(2, 1, 16, 16, requires_grad=True), torch.zeros(2, 13, 8, 8))
+    loss = network().loss([coarse, fine], torch.zeros(2, 16, 16, dtype=torch.int64))
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("size", [(42, 50), (40, 40), (96, 96), (33, 31)])
+def test_loss_of_frames_of_any_size(size):
+    """Coarse stages are compared with the ids at the middle of their cells, within the frame."""
+    model = UNet(widths=(4, 8, 12))
+    mask = torch.zeros(1, *size, dtype=torch.int64)
+    mask[:, 20:] = 30
+    stages = model.stages(torch.rand(1, 3, *size))
+    assert model.loss(stages, mask).isfinite()
+    cells = middle_ids(mask, stages[0].thing)
+    assert cells.shape == (1, -(-size[0] // 4), -(-size[1] // 4))
+    assert cells[0, :, 0].tolist() == [0 if 4 * i + 2 < 20 else 30 for i in range(cells.shape[1])]
+
+
+def test_with_a_mask_forward_is_the_loss_and_frames_have_theirs():
+    model = network()
+    frames, mask = torch.rand(3, 3, 32, 48), torch.zeros(3, 32, 48, dtype=torch.uint8)
+    mask[:, 8:20, 8:20] = 30
+    with torch.no_grad():
+        loss, each = model(frames, mask), model.frame_losses(model.stages(frames), mask)
+        alone = [model(frames[i : i + 1], mask[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(each, torch.stack(alone))
+    torch.testing.assert_close(each.mean(), loss)  # as many object pixels in each
+
+
+@pytest.mark.parametrize("widths", [(8,), (), (8, 0)])
+def test_impossible_configurations_are_refused(widths):
+    with pytest.raises(ValueError, match="two stages"):
+        UNet(widths=widths)

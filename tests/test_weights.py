@@ -1,19 +1,16 @@
 """The shipped weights, as a new user meets them: on videos they have never seen."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REAL, ROOT, needs_real, run
 
 from render import render_dataset
 from utils import load_checkpoint
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "clevr_unet.pt"
-REAL = ROOT.parent / "shared" / "real"
 
 
 def score(data: Path, out: Path, *options: str) -> dict:
@@ -21,8 +18,8 @@ def score(data: Path, out: Path, *options: str) -> dict:
     label = ["infer.py", "--ckpt", WEIGHTS, "--out", out, "--data", data, "--device", "cpu"]
     evaluate = ["evaluate.py", "--pred", out, "--data", data, "--json", out / "score.json"]
     for command in ([*label, *options], evaluate):
-        script, *rest = map(str, command)
-        subprocess.run([sys.executable, ROOT / script, *rest], check=True, capture_output=True)
+        result = run(*command)
+        assert result.returncode == 0, result.stderr
     return json.loads((out / "score.json").read_text())
 
 
@@ -45,7 +42,7 @@ def test_rendered_videos_that_training_never_saw(tmp_path):
     assert figures["miou"] > 0.85
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real videos at ../shared/real")
+@needs_real
 def test_real_videos(tmp_path):
     together = score(REAL, tmp_path / "together")
     alone = score(REAL, tmp_path / "alone", "--no-consistency")

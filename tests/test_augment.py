@@ -1,0 +1,66 @@
+"""The augmentation: image and mask move together, no colour becomes another."""
+
+import torch
+
+from augment import augment, random_camera, random_object_crops
+
+
+def test_augmentation_moves_image_and_mask_together():
+    """The picture shows its own ids: wherever a crop's picture is flat, it must show the crop's."""
+    torch.manual_seed(0)
+    mask = torch.randint(0, 2, (3, 10, 15), dtype=torch.uint8) * 40
+    mask = mask.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    image = mask[:, None].expand(-1, 3, -1, -1).contiguous()
+    crops, ids = random_object_crops(image, mask, crops=5, size=64)
+    assert (crops.shape, ids.shape, ids.dtype) == ((15, 3, 64, 64), (15, 64, 64), torch.uint8)
+    shown = crops[:, 0] * 255
+    flat = (shown - shown.round()).abs() < 1e-3
+    assert flat.float().mean() > 0.5
+    assert torch.equal(shown.round()[flat], ids[flat].float())
+
+
+def test_every_crop_has_an_object_where_the_frame_has_one():
+    torch.manual_seed(0)
+    mask = torch.zeros(4, 160, 240, dtype=torch.uint8)
+    mask[:, 100:110, 5:15] = 7  # small, and near the border
+    _, ids = augment(torch.zeros(4, 3, 160, 240), mask, crops=8)
+    assert (ids == 7).flatten(1).any(dim=1).all()
+    assert ids.unique().tolist() == [0, 7]
+
+
+def test_a_frame_without_objects_and_one_smaller_than_a_crop_can_be_augmented():
+    images = torch.zeros(1, 3, 40, 60, dtype=torch.uint8)
+    crops, ids = augment(images, torch.zeros(1, 40, 60, dtype=torch.uint8), crops=2)
+    assert crops.shape == (2, 3, 40, 40)
+    assert not ids.any()
+
+
+def test_augmentation_never_turns_one_colour_into_another():
+    """Hues, 28 degrees apart at the least, turn by less than half of that; gray stays gray."""
+    torch.manual_seed(0)
+    seen = {  # medians over rubber objects in real frames, red, green, blue
+        "gray": (89, 88, 85),
+        "blue": (58, 77, 124),
+        "green": (50, 91, 39),
+        "brown": (105, 79, 46),
+        "cyan": (58, 123, 121),
+        "yellow": (134, 129, 61),
+    }
+
+    def hue_and_saturation(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        red, green, blue = rgb.unbind(-1)
+        angle = torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue)
+        return angle.rad2deg(), (rgb.amax(-1) - rgb.amin(-1)) / rgb.amax(-1)
+
+    for name, rgb in seen.items():
+        colour = torch.tensor(rgb) / 255
+        picture = colour.view(1, 3, 1, 1).expand(500, 3, 24, 24)
+        hue, saturation = hue_and_saturation(random_camera(picture).mean(dim=(2, 3)))
+        before, saturated = hue_and_saturation(colour)
+        if name == "gray":
+            assert saturation.max() < 0.15
+        else:
+            turned = (hue - before + 180) % 360 - 180
+            assert turned.abs().max() < 14, name
+            assert saturation.min() > 0.25, name
+            assert saturation.min() > 0.5 * saturated, name

@@ -1,0 +1,48 @@
+"""Muon against torch's own, and the orthogonal matrices that it is made of."""
+
+import pytest
+import torch
+
+import optim
+
+
+def test_muon_is_torch_s(monkeypatch):
+    """Three steps on a convolution equal those of torch.optim.Muon on the same weights, flat."""
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: True)  # as torch.optim.Muon computes
+    torch.manual_seed(0)
+    for shape in ((6, 8), (40, 4)):  # wide and tall matrices
+        layer = torch.nn.Conv2d(shape[1], shape[0], 3, bias=False)
+        flat = torch.nn.Parameter(layer.weight.detach().flatten(1).clone())
+        ours = optim.MuonAdamW(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+        settings = {"weight_decay": 0.02, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        theirs = torch.optim.Muon([flat], lr=0.01, **settings)
+        for _ in range(3):
+            layer.weight.grad = torch.randn_like(layer.weight)
+            flat.grad = layer.weight.grad.flatten(1)
+            ours.step(0.01)
+            theirs.step()
+        torch.testing.assert_close(layer.weight.flatten(1), flat, rtol=0.02, atol=5e-4)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one(monkeypatch):
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: False)
+    for shape in ((8, 72), (64, 18)):
+        values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(*shape)))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    rates = [optim.learning_rate_at(progress, 4e-3) for progress in (0, 0.01, 0.2, 0.7, 1)]
+    assert rates == pytest.approx([2e-4, 2.2e-3, 4e-3, 2e-3, 0])
+
+
+def test_the_mean_of_the_weights_is_young_at_first_and_counts_are_copied():
+    model, average = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+    model.weight.data.fill_(2.0)
+    model.num_batches_tracked += 7
+    optim.update_average(average, model, step=0)  # decay 1 / 10
+    assert average.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+    assert average.num_batches_tracked == 7
+    optim.update_average(average, model, step=10**6)  # decay 0.995
+    assert average.weight.item() == pytest.approx(0.995 * 1.9 + 0.005 * 2)

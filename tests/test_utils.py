@@ -1,0 +1,103 @@
+"""Exit statuses, files that are whole or not there, checkpoints, and life without git."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+from utils import UserError, atomic_write, load_checkpoint, run_script, save_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("a.png: unreadable,\n replace it"), 2, "error: a.png: unreadable, replace it\n"),
+        (PermissionError(13, "Permission denied", "a.npy"), 2, "a.npy"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
+)
+def test_a_script_ends_with_its_status_and_one_sentence(capsys, outcome, status, said):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_goes_away_ends_a_script_quietly(lines):
+    """Whether the pipe breaks while the script prints, or at its last flush."""
+    code = f"from utils import run_script; run_script(lambda: print('line\\n' * {lines}))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_write(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), atomic_write(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"whole"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_scraps_of_killed_writers_are_deleted_and_nothing_else(tmp_path):
+    for name in (".mask.npy.0123.tmp", "mask.npy", ".other.npy.0123.tmp"):
+        (tmp_path / name).touch()
+    utils.delete_scraps(tmp_path / "mask.npy")
+    assert {path.name for path in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
+
+
+def test_checkpoints_come_back_as_they_were(tmp_path):
+    checkpoint = {"model": {"w": torch.ones(2)}, "model_config": {"widths": [8, 16]}, "epoch": 3}
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
+    assert found == checkpoint | {"format": utils.CHECKPOINT_FORMAT}
+    torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
+    assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
+
+
+@pytest.mark.parametrize(("version", "needle"), [(1, "older version"), (99, "newer version")])
+def test_checkpoints_of_other_formats_get_a_sentence(tmp_path, version, needle):
+    checkpoint = {"format": version, "model": {"w": torch.ones(2)}, "model_config": {}}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=needle):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    header = utils.log_header(torch.device("cpu"))
+    assert "commit none" in header
+    assert f"torch {torch.__version__}" in header
+
+
+def test_processors_are_those_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
+    assert utils.usable_cpus() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert utils.usable_cpus() == os.cpu_count()

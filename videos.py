@@ -1,0 +1,281 @@
+"""Videos on disk: find the folders, read frames and masks, and say what is wrong with them.
+
+    path/train/video_7/image_0.png .. image_21.png   RGB
+    path/train/video_7/mask.npy                      integers (22, H, W), ids 0..48; if labelled
+
+Whether a video can be used is decided here alone, with one wording for each fault.
+"""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from classes import CLASS_NAMES, NUM_CLASSES
+from utils import UserError, usable_cpus
+
+FRAME_NAME = re.compile(r"image_([0-9]+)\.png")
+MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
+logger = logging.getLogger(__name__)
+
+
+def natural_key(path: str | Path) -> list[list[str | int]]:
+    """Sort key in which numbers count as numbers: video_2 comes before video_10."""
+    parts = [re.split(r"([0-9]+)", part) for part in Path(path).parts]
+    return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts]
+
+
+def find_videos(root: str | Path) -> list[Path]:
+    """Return every folder at or below `root` that holds image_Y.png, in natural order.
+
+    Follows links, but takes each real folder once; leaves out hidden folders (".name").
+    Raises UserError if `root` is no folder or there is no video in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder, give a folder of videos.")
+    videos, seen = [], set()
+
+    def warn(error: OSError) -> None:
+        logger.warning("%s: left out, the folder cannot be read", error.filename)
+
+    for folder, below, files in os.walk(root, onerror=warn, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = [] if real in seen else sorted(d for d in below if not d.startswith("."))
+        if real not in seen and any(FRAME_NAME.fullmatch(name) for name in files):
+            videos.append(Path(folder))
+        seen.add(real)
+    if not videos:
+        raise UserError(f"{root}: no video in it, a video is a folder that holds image_0.png, ...")
+    return sorted(videos, key=lambda video: (natural_key(video), str(video)))
+
+
+def is_labelled(video: Path) -> bool:
+    """Return whether a video has a mask.npy, even one that cannot be read."""
+    return os.path.lexists(video / "mask.npy")
+
+
+def find_labelled(root: str | Path) -> list[Path]:
+    """Return the labelled ones of `find_videos`. Raises UserError if there is none."""
+    videos = [video for video in find_videos(root) if is_labelled(video)]
+    if not videos:
+        raise UserError(f"{root}: no video in it is labelled, that is, has a mask.npy.")
+    return videos
+
+
+def frame_paths(video: str | Path) -> list[Path]:
+    """Return the image_Y.png of one video, by the number Y. Raises UserError for no folder."""
+    try:
+        paths = list(Path(video).iterdir())
+    except OSError as error:
+        raise UserError(f"{video}: the folder cannot be read ({error.strerror}).") from None
+    frames = [(int(m[1]), path) for path in paths if (m := FRAME_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(frames)]
+
+
+def read_frame(path: str | Path) -> Tensor:
+    """Return one picture as uint8 (3, H, W), RGB. Raises UserError if it cannot be decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as png:
+            if png.width * png.height > MAX_PIXELS:
+                raise UserError(f"{path}: {png.width} x {png.height} pixels are too many.")
+            sixteen_bits = any("16" in str(tile.args) for tile in png.tile)
+            if sixteen_bits or "transparency" in png.info:
+                raise UserError(f"{path}: not plain 8-bit RGB, convert the file.")
+            png.verify()  # the checksums of the pixels, which decoding alone does not look at
+        with Image.open(path, formats=["PNG"]) as png:
+            pixels = np.asarray(png if png.mode == "RGB" else png.convert("RGB"))
+    except UserError:
+        raise
+    except Exception:  # damaged files raise nearly anything
+        raise UserError(f"{path}: unreadable PNG, replace the file or remove the video.") from None
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def read_mask(folder: str | Path) -> np.ndarray | None:
+    """Return mask.npy, memory-mapped: integers (T, H, W), ids not checked; None if there is none.
+
+    Raises UserError if it is not a whole .npy file of integers with three axes.
+    """
+    path = Path(folder, "mask.npy")
+    if not os.path.lexists(path):
+        return None
+    try:
+        mask = np.lib.format.open_memmap(path, mode="r")  # np.load, but never a zip or a pickle
+    except Exception as error:  # damaged headers raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: unreadable mask ({reason}), replace the file.") from None
+    if mask.dtype.kind not in "iu" or mask.ndim != 3:
+        what = f"{mask.dtype} {mask.shape}"
+        raise UserError(f"{path}: holds {what}, not class ids (frames, height, width); replace it.")
+    return mask
+
+
+def read_video(video: Path) -> Tensor:
+    """Return all frames of a video, uint8 (T, 3, H, W). Raises UserError if one has a fault."""
+    report = VideoReport(video)
+    frames = _check_frames(report)
+    if report.faults:
+        raise UserError(" ".join(report.faults))
+    return torch.stack(frames)
+
+
+def read_labels(
+    folder: Path, frames: int | None = None, size: Sequence[int] | None = None
+) -> Tensor | None:
+    """Return mask.npy of a folder as uint8 (T, H, W), or None if there is none.
+
+    Args:
+        folder: A video, or a folder that infer.py wrote.
+        frames: How many masks it must hold.
+        size: The height and width that they must have.
+
+    Raises:
+        UserError: not whole, not integers (T, H, W), an id outside 0..48, or another shape.
+    """
+    mask = read_mask(folder)
+    if mask is None:
+        return None
+    if faults := _mask_faults(folder, mask, np.unique(mask), frames, size):
+        raise UserError(" ".join(faults))
+    return torch.from_numpy(mask.astype(np.uint8))
+
+
+@dataclass
+class VideoReport:
+    """What one video folder holds; `faults` has one sentence for each thing wrong with it."""
+
+    video: Path
+    frames: int = 0
+    size: tuple[int, int] | None = None  # height, width
+    labelled: bool = False
+    classes: tuple[int, ...] = ()  # the ids that occur in the mask, background included
+    faults: list[str] = field(default_factory=list)
+
+    def attempt(self, read: Callable, path: Path) -> Any:
+        """Return read(path), or None and keep the fault."""
+        try:
+            return read(path)
+        except UserError as error:
+            self.faults.append(str(error))
+            return None
+
+
+def inspect_video(video: str | Path) -> VideoReport:
+    """Read every file of a video and return what it holds and what is wrong with it."""
+    return load_video(Path(video))[0]
+
+
+def load_video(video: Path) -> tuple[VideoReport, np.ndarray | None]:
+    """Return a report, and uint8 (T, 4, H, W), RGB and class id, if labelled and without fault."""
+    report = VideoReport(video, labelled=is_labelled(video))
+    frames = _check_frames(report)
+    mask = report.attempt(read_mask, video)
+    if mask is not None:
+        ids = np.unique(mask)
+        report.classes = tuple(i for i in ids.tolist() if 0 <= i < NUM_CLASSES)
+        report.faults += _mask_faults(video, mask, ids, report.frames, report.size)
+    if mask is None or report.faults:
+        return report, None
+    return report, np.concatenate([torch.stack(frames), mask[:, None].astype(np.uint8)], axis=1)
+
+
+def _check_frames(report: VideoReport) -> list[Tensor]:
+    """Return the frames that can be read; report their number and size and what is wrong."""
+    video = report.video
+    paths = report.attempt(frame_paths, video) or []
+    numbers = {int(FRAME_NAME.fullmatch(path.name)[1]) for path in paths}
+    gaps = (f"image_{n}.png" for n in range(max(numbers, default=1)) if n not in numbers)
+    if names := _few(gaps):
+        report.faults.append(f"{video}: missing frame: {names}.")
+    if len(numbers) < len(paths):
+        report.faults.append(f"{video}: two frames have the same number.")
+    frames = [frame for path in paths if (frame := report.attempt(read_frame, path)) is not None]
+    sizes = list(dict.fromkeys(tuple(frame.shape[1:]) for frame in frames))
+    if len(sizes) > 1:
+        report.faults.append(f"{video}: frames of different sizes: {_few(map(_pixels, sizes))}.")
+    report.frames, report.size = len(paths), sizes[0] if sizes else None
+    return frames
+
+
+def _mask_faults(
+    folder: Path,
+    mask: np.ndarray,
+    ids: np.ndarray,
+    frames: int | None,
+    size: Sequence[int] | None,
+) -> list[str]:
+    """Return what is wrong with a mask that holds the `ids`, a sentence each."""
+    path, faults = folder / "mask.npy", []
+    if mask.size == 0:
+        faults.append(f"{path}: holds no mask ({mask.shape}), replace the file.")
+    if frames is not None and len(mask) != frames:
+        kind = "short" if len(mask) < frames else "long"
+        faults.append(f"{path}: too {kind}: {len(mask)} masks, {frames} frames.")
+    if size is not None and mask.shape[1:] != tuple(size):
+        faults.append(f"{path} is {_pixels(mask.shape[1:])}, frames are {_pixels(size)}.")
+    if names := _few(i for i in ids.tolist() if not 0 <= i < NUM_CLASSES):
+        faults.append(f"{path}: holds ids outside 0..{NUM_CLASSES - 1}: {names}.")
+    return faults
+
+
+def odd_sizes(sizes: dict[Path, tuple[int, ...]]) -> dict[Path, str]:
+    """Return a fault for each video whose (height, width) is not that of most videos."""
+    if not sizes:
+        return {}
+    most = Counter(sizes.values()).most_common(1)[0][0]
+    text = f"{{}}: frames are {{}}, those of most labelled videos {_pixels(most)}."
+    return {v: text.format(v, _pixels(size)) for v, size in sizes.items() if size != most}
+
+
+def _few(items: Iterable) -> str:
+    first = [str(item) for item in islice(items, 4)]
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def in_threads(job: Callable, videos: Sequence[Path], label: str) -> Iterator:
+    """Yield job(video) for each video, in order; decoding frees the GIL."""
+    with ThreadPoolExecutor(min(16, usable_cpus())) as pool:
+        results = pool.map(job, videos)
+        yield from tqdm(results, label, len(videos), leave=False, disable=None, unit="video")
+
+
+def print_report(path: str | Path) -> int:
+    """Print what the videos below `path` hold and their faults; return how many have a fault."""
+    reports = list(in_threads(inspect_video, find_videos(path), "reading"))
+    odd = odd_sizes({r.video: r.size for r in reports if r.labelled and not r.faults})
+    kinds = Counter()
+    for r in reports:
+        r.faults += [odd[r.video]] if r.video in odd else []
+        size = _pixels(r.size) if r.size else "no readable frame"
+        mask = "labelled" if r.labelled else "without mask.npy"
+        kinds[f"{r.video.parent}", f"{r.frames} frames, {size}, {mask}"] += 1
+    print(f"{path}: {len(reports)} videos, {sum(r.frames for r in reports)} frames")
+    for (folder, kind), count in kinds.items():
+        print(f"  {folder}: {count} x {kind}")
+    present = Counter(i for r in reports for i in r.classes)
+    titles = " (id, name, videos)" if present else ""
+    print(f"classes present: {len(present)} of {NUM_CLASSES}{titles}")
+    for i in sorted(present):
+        print(f"  {i:2}  {CLASS_NAMES[i]:22}{present[i]:6}")
+    faulty = [r for r in reports if r.faults]
+    print(f"videos with faults: {len(faulty)}")
+    for r in faulty:
+        print("\n".join(f"  {fault}" for fault in r.faults))
+    return len(faulty)
