@@ -5,7 +5,10 @@
     python evaluate.py --pred masks --data path --picture strip.png  # frames, truth, masks
 
 Every labelled video below --data is compared with the mask.npy at the same relative path below
---pred. All figures come from one integer confusion matrix summed over the data set.
+--pred. miou is over all videos together, from one integer confusion matrix; video_miou is the mean
+of each video's own. pq, sq and rq are panoptic quality over segments, a segment being a class in a
+frame. A ghost is a class that is predicted in a video and not there; a class is lost that is there
+and of which more than half is found in no frame.
 """
 
 import argparse
@@ -20,100 +23,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from classes import (
-    CLASS_NAMES,
-    COLOURS,
-    FACTOR_SIZES,
-    MATERIALS,
-    NUM_CLASSES,
-    SHAPES,
-    palette,
+from classes import NUM_CLASSES, palette
+from metrics import (
+    Segments,
+    count_segments,
+    frame_confusions,
+    ghosts,
+    lost,
+    mean_iou,
+    panoptic_quality,
+    summarise,
 )
 from utils import UserError, atomic_write, run_script
 from videos import find_labelled, find_videos, frame_paths, read_frame, read_labels
 
 NUM_WORST = 10  # videos listed at the end of the report
-
-
-def confusion_matrix(truth: Tensor, pred: Tensor) -> Tensor:
-    """Count pixels by true and predicted class.
-
-    Args:
-        truth: Ids 0..48, any integer type and shape.
-        pred: Ids 0..48, of the same shape and on the same device.
-
-    Returns:
-        (49, 49) int64 on that device; rows are truth, columns prediction.
-    """
-    if truth.shape != pred.shape:
-        raise ValueError(f"truth is {tuple(truth.shape)}, prediction {tuple(pred.shape)}")
-    pairs = NUM_CLASSES * truth.flatten().short() + pred.flatten().short()  # at most 2400
-    counts = torch.bincount(pairs, minlength=NUM_CLASSES**2)
-    return counts.view(NUM_CLASSES, NUM_CLASSES)
-
-
-def class_iou(confusion: Tensor) -> Tensor:
-    """Return intersection over union by class, (49,) float64; NaN where a class never occurs."""
-    confusion = confusion.double()
-    intersection = confusion.diag()
-    return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
-
-
-def mean_iou(confusion: Tensor) -> float | None:
-    """Return the mean IoU over the classes that occur in truth or prediction; None if none does.
-
-    The background counts as a class, and a class that is only predicted counts as 0: what
-    torchmetrics' MulticlassJaccardIndex(num_classes=49, average="macro") returns.
-    """
-    return _number(class_iou(confusion).nanmean())
-
-
-def factor_accuracy(confusion: Tensor) -> dict[str, dict[str, float | None]]:
-    """Return how often object pixels get the right shape, the right material, the right colour.
-
-    A pixel predicted as background is wrong in all three.
-
-    Returns:
-        Keys shape_accuracy, material_accuracy and colour_accuracy; each a dict by name, with
-        "all" for all object pixels and None where no true pixel has that name.
-    """
-    objects = (
-        confusion[1:, 1:].double().reshape(FACTOR_SIZES * 2)
-    )  # by true, then predicted factors
-    total = confusion[1:].double().sum(1).reshape(FACTOR_SIZES)  # true pixels, however predicted
-    result = {}
-    for axis, (factor, names) in enumerate(
-        (("shape", SHAPES), ("material", MATERIALS), ("colour", COLOURS))
-    ):
-        others = [i for i in range(3) if i != axis]
-        right = objects.sum([*others, *(i + 3 for i in others)]).diag()
-        pixels = total.sum(others)
-        by_name = {name: _number(value) for name, value in zip(names, right / pixels, strict=True)}
-        result[f"{factor}_accuracy"] = {"all": _number(right.sum() / pixels.sum()), **by_name}
-    return result
-
-
-def summarise(confusion: Tensor) -> dict[str, Any]:
-    """Turn a (49, 49) confusion matrix into plain figures, None where one is undefined.
-
-    Returns:
-        miou, foreground_iou (object against background), per_class (IoU by class name), pixels
-        (true pixels by class name), shape_accuracy, material_accuracy and colour_accuracy.
-    """
-    confusion = confusion.cpu()  # one transfer; the rest is cheaper on the CPU
-    hit = confusion[1:, 1:].sum().double()
-    iou = class_iou(confusion)
-    return {
-        "miou": mean_iou(confusion),
-        "foreground_iou": _number(hit / (confusion.sum() - confusion[0, 0])),
-        "per_class": dict(zip(CLASS_NAMES, map(_number, iou), strict=True)),
-        "pixels": dict(zip(CLASS_NAMES, confusion.sum(1).tolist(), strict=True)),
-        **factor_accuracy(confusion),
-    }
-
-
-def _number(value: Tensor) -> float | None:
-    return None if torch.isnan(value) else float(value)
 
 
 class Tally:
@@ -122,28 +46,47 @@ class Tally:
     def __init__(self):
         self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
         self.last_frames = torch.zeros_like(self.confusion)
+        self.segments = Segments(0, 0, 0, 0.0)
         self.frames = 0
-        self.videos: list[tuple[str, float]] = []  # name and mIoU
+        self.videos: list[dict[str, Any]] = []
 
     def add(self, name: str, truth: Tensor, mask: Tensor) -> None:
         """Count a video's true and predicted ids, (T, H, W) each."""
-        last = confusion_matrix(truth[-1], mask[-1])
-        own = confusion_matrix(truth[:-1], mask[:-1]) + last
-        self.confusion += own
-        self.last_frames += last
+        confusions = frame_confusions(truth, mask)
+        self.confusion += confusions.sum(0)
+        self.last_frames += confusions[-1]
+        self.segments += count_segments(confusions)
         self.frames += len(truth)
-        self.videos.append((name, mean_iou(own)))
+        self.videos.append(
+            {
+                "video": name,
+                "miou": mean_iou(confusions.sum(0)),
+                "ghosts": ghosts(confusions),
+                "lost": lost(confusions),
+            }
+        )
 
     def figures(self) -> dict[str, Any]:
         """Return all figures, plain and fit for JSON."""
-        worst = sorted(self.videos, key=lambda item: item[1])[:NUM_WORST]
+        worst = sorted(self.videos, key=lambda video: video["miou"])[:NUM_WORST]
         return {
             "frames": self.frames,
             "videos": len(self.videos),
             **summarise(self.confusion),
             "last_frame_miou": mean_iou(self.last_frames),
-            "worst_videos": [{"video": name, "miou": miou} for name, miou in worst],
+            "video_miou": sum(video["miou"] for video in self.videos) / len(self.videos),
+            **panoptic_quality(self.segments),
+            **{what: self.named(what) for what in ("ghosts", "lost")},
+            "worst_videos": [{key: video[key] for key in ("video", "miou")} for video in worst],
         }
+
+    def named(self, what: str) -> list[dict[str, str]]:
+        """Return the video and the class of all "ghosts", or of all that were "lost"."""
+        return [
+            {"video": video["video"], "class": name}
+            for video in self.videos
+            for name in video[what]
+        ]
 
 
 def score(pred: Path, data: Path) -> dict[str, Any]:
@@ -193,6 +136,9 @@ def report(result: dict[str, Any]) -> str:
     for factor in ("shape", "material", "colour"):
         by_name = result[f"{factor}_accuracy"].items()
         lines.append(f"{factor:<9}" + "  ".join(f"{n} {_figure(v).strip()}" for n, v in by_name))
+    for what in ("ghosts", "lost"):
+        lines += ["", f"{what}: {len(result[what])}"]
+        lines += [f"{item['class']:<24}{item['video']}" for item in result[what]]
     lines += ["", "worst videos"]
     lines += [f"{_figure(item['miou'])}  {item['video']}" for item in result["worst_videos"]]
     skipped = f", {result['skipped']} skipped for faulty labels" if result["skipped"] else ""
@@ -200,6 +146,9 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"videos           {result['videos']} ({result['frames']} frames{skipped})",
         f"mIoU             {_figure(result['miou']).strip()}",
+        f"video mIoU       {_figure(result['video_miou']).strip()}",
+        f"weighted IoU     {_figure(result['weighted_iou']).strip()}",
+        "PQ = SQ x RQ     " + " ".join(_figure(result[key]).strip() for key in ("pq", "sq", "rq")),
         f"foreground IoU   {_figure(result['foreground_iou']).strip()}",
         f"last frame mIoU  {_figure(result['last_frame_miou']).strip()}",
     ]

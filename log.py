@@ -9,7 +9,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils import atomic_write
 
-FIELDS = ("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s")
+FIELDS = (
+    *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),
+    "weighted_iou",
+)
 
 
 class Log:
@@ -38,6 +41,7 @@ class Log:
         print(
             f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
             f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
+            f"weighted IoU {figures['weighted_iou'] or 0:.3f}, "
             f"foreground IoU {figures['foreground_iou']:.3f}; "
             f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data",
             flush=True,

@@ -8,7 +8,8 @@
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
-every epoch, Unet_checkpoint_best.pt by validation mIoU, log.csv and TensorBoard events to --out.
+every epoch, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and TensorBoard events
+to --out.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from tqdm import tqdm
 from augment import augment
 from classes import NUM_CLASSES
 from dataset import CLEVRDataset, ShardedBatches, split_videos
-from evaluate import confusion_matrix, summarise
 from log import Log
+from metrics import confusion_matrix, summarise
 from model import UNet, compile_network
 from optim import MuonAdamW, learning_rate_at, update_average
 from render import DEMO_DATA, render_demo
@@ -95,7 +96,7 @@ class Run:
     optimizer: MuonAdamW
     epoch: int = 0  # completed
     step: int = 0  # completed
-    best_miou: float = -1.0
+    best: float = -1.0  # weighted IoU
 
     @classmethod
     def start(cls, model: nn.Module) -> "Run":
@@ -114,12 +115,15 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.best_miou = checkpoint["epoch"], state["best_miou"]
+        self.epoch, self.best = checkpoint["epoch"], state.get("best", -1.0)
 
     def save(self, out: Path, facts: dict[str, Any], last_epoch: int) -> None:
-        """Write the checkpoints of the epoch that has just been validated; `facts` has its miou."""
-        improved = facts["miou"] > self.best_miou
-        self.best_miou = max(self.best_miou, facts["miou"])
+        """Write the checkpoints of the epoch that has just been validated.
+
+        The best is chosen by `facts["weighted_iou"]`: mIoU jumps by a whole class with one pixel.
+        """
+        improved = facts["weighted_iou"] > self.best
+        self.best = max(self.best, facts["weighted_iou"])
         checkpoint = {
             "model": self.average.state_dict(),
             "model_config": self.model.config,
@@ -133,7 +137,7 @@ class Run:
         checkpoint["training"] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "best_miou": self.best_miou,
+            "best": self.best,
         }
         save_checkpoint(out / "Unet_checkpoint_last.pt", checkpoint)
 
@@ -312,8 +316,8 @@ def main() -> None:
         run.epoch = epoch
         if processes.first:
             log.add(figures)
-            data, miou = str(args.data.resolve()), figures["miou"]
-            facts = {"data": data, "seed": args.seed, "miou": miou}
+            facts = {"data": str(args.data.resolve()), "seed": args.seed}
+            facts |= {name: figures[name] or 0.0 for name in ("miou", "weighted_iou")}
             run.save(args.out, facts, args.num_epochs)
 
 

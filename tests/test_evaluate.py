@@ -5,17 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import evaluate
 from classes import CLASS_NAMES, class_id
 
-GRAY_METAL_CUBE = class_id("cube", "metal", "gray")
-RED_METAL_CUBE = class_id("cube", "metal", "red")
-RED_RUBBER_SPHERE = class_id("sphere", "rubber", "red")
+RED, BLUE = class_id("cube", "rubber", "red"), class_id("cube", "rubber", "blue")
 
 
 def write_video(folder, mask=None, frames=None):
@@ -41,58 +37,6 @@ def run(call):
 @pytest.fixture
 def labels():
     return np.random.default_rng(0).integers(0, 49, (3, 4, 6), dtype=np.uint8)
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), classes=st.lists(st.integers(0, 48), min_size=1))
-def test_miou_is_that_of_torchmetrics(seed, classes):
-    rng = np.random.default_rng(seed)
-    truth, pred = torch.from_numpy(rng.choice(classes, (2, 3, 8, 9)))  # most classes are absent
-    pred[torch.from_numpy(rng.random(pred.shape) < 0.5)] = 7  # may be predicted only
-    oracle = MulticlassJaccardIndex(num_classes=49, average="macro")(pred, truth)
-    ours = evaluate.mean_iou(evaluate.confusion_matrix(truth, pred))
-    assert ours == pytest.approx(oracle.item(), abs=1e-6)
-
-
-def test_confusion_matrix_by_hand():
-    truth = torch.tensor([[0, 0], [5, 48]], dtype=torch.uint8)
-    pred = torch.tensor([[0, 5], [5, 0]], dtype=torch.uint8)
-    confusion = evaluate.confusion_matrix(truth, pred)
-    assert confusion.dtype == torch.int64
-    assert confusion.nonzero().tolist() == [[0, 0], [0, 5], [5, 5], [48, 0]]
-    result = evaluate.summarise(confusion)
-    assert result["miou"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)
-    assert result["foreground_iou"] == pytest.approx(1 / 3)
-    assert result["per_class"]["background"] == pytest.approx(1 / 3)
-    assert result["per_class"][CLASS_NAMES[5]] == pytest.approx(1 / 2)
-    assert result["per_class"][CLASS_NAMES[48]] == 0
-    assert result["per_class"][CLASS_NAMES[6]] is None
-    assert result["pixels"]["background"] == 2
-
-
-def test_accuracy_by_factor_by_hand():
-    truth = torch.tensor([GRAY_METAL_CUBE] * 4 + [RED_RUBBER_SPHERE] * 2 + [0] * 3)
-    pred = torch.tensor(
-        [GRAY_METAL_CUBE, RED_METAL_CUBE, RED_RUBBER_SPHERE, 0]  # of the cube
-        + [RED_METAL_CUBE, RED_RUBBER_SPHERE]  # of the sphere
-        + [GRAY_METAL_CUBE, 0, 0]  # of the background, which counts in none
-    )
-    result = evaluate.summarise(evaluate.confusion_matrix(truth, pred))
-    shape, material, colour = (
-        result[f"{factor}_accuracy"] for factor in ("shape", "material", "colour")
-    )
-    assert shape == {"all": 3 / 6, "cube": 2 / 4, "sphere": 1 / 2, "cylinder": None}
-    assert material == {"all": 3 / 6, "metal": 2 / 4, "rubber": 1 / 2}
-    assert {name: value for name, value in colour.items() if value is not None} == {
-        "all": 3 / 6,
-        "gray": 1 / 4,
-        "red": 2 / 2,
-    }
-
-
-def test_nothing_to_count_gives_no_figure():
-    result = evaluate.summarise(torch.zeros(49, 49, dtype=torch.int64))
-    assert result["miou"] is result["foreground_iou"] is result["shape_accuracy"]["all"] is None
 
 
 def test_truth_against_itself_and_json(run, tmp_path, labels):
@@ -137,6 +81,27 @@ def test_counts_all_videos_and_last_frames_apart(run, tmp_path, labels):
     worst = result["worst_videos"]
     assert [item["video"] for item in worst] == ["video_2", "video_1"]
     assert worst[0]["miou"] == oracle(labels, bad)
+
+
+def test_ghosts_and_lost_objects_are_named_with_their_video(run, tmp_path):
+    truth = np.zeros((2, 4, 6), np.uint8)
+    truth[:, 0] = RED
+    pred = np.where(truth == RED, BLUE, truth).astype(np.uint8)
+    write_video(tmp_path / "data/video_1", truth)
+    write_video(tmp_path / "data/a/video_2", truth)
+    write_mask(tmp_path / "pred/video_1", truth)
+    write_mask(tmp_path / "pred/a/video_2", pred)
+    paths = ("--pred", tmp_path / "pred", "--data", tmp_path / "data")
+    status, out, _ = run(*paths, "--json", tmp_path / "s.json")
+    assert status == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["ghosts"] == [{"video": "a/video_2", "class": CLASS_NAMES[BLUE]}]
+    assert result["lost"] == [{"video": "a/video_2", "class": CLASS_NAMES[RED]}]
+    assert result["video_miou"] == pytest.approx((1 + 1 / 3) / 2)
+    assert result["pq"] == pytest.approx(2 / (2 + (2 + 2) / 2))  # of 2 + 2 segments, 2 right
+    assert result["sq"] == 1
+    assert "ghosts: 1" in out
+    assert "lost: 1" in out
 
 
 def test_a_single_video_can_be_scored(run, tmp_path, labels):

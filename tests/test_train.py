@@ -62,7 +62,7 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert [row["epoch"] for row in rows] == list("123456")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     best = load_checkpoint(finished / "Unet_checkpoint_best.pt")
-    assert best["miou"] == max(float(row["miou"]) for row in rows)
+    assert best["weighted_iou"] == max(float(row["weighted_iou"]) for row in rows)
     assert list((finished / "tensorboard").iterdir())
 
 
