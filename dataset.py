@@ -15,7 +15,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.tv_tensors import Image, Mask
 
 from utils import Processes, UserError, run_script
@@ -239,6 +239,51 @@ class ShardedBatches(Sampler[list[int]]):
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = order[start : start + self.batch_size]
             yield batch[self.processes.rank :: self.processes.count]
+
+
+class WholeVideos(Dataset):
+    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not.
+
+    An item is the number of a video, its frames uint8 (T, 3, H, W), and what is wrong with it.
+    """
+
+    def __init__(self, dataset: CLEVRDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.videos)
+
+    def __getitem__(self, v: int) -> tuple[int, Tensor, str]:
+        try:
+            return v, self.dataset.video(v), ""
+        except UserError as error:
+            return v, torch.empty(0), str(error)
+
+    def read(self, numbers: Iterable[int]) -> list[tuple[int, Tensor, str]]:
+        """Return the videos of these numbers."""
+        return [self[v] for v in numbers]
+
+    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
+        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
+        return DataLoader(
+            self, batch_sampler=batches, num_workers=workers, collate_fn=list, pin_memory=pin
+        )
+
+
+def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
+
+    A longer video comes alone. No batch holds half a video.
+    """
+    group, frames = [], 0
+    for v, length in enumerate(lengths):
+        if group and frames + length > batch_size:
+            yield group
+            group, frames = [], 0
+        group.append(v)
+        frames += length
+    if group:
+        yield group
 
 
 def _cache_root(cache: str | Path | bool) -> Path | None:

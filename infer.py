@@ -9,11 +9,14 @@ Every folder below --data that holds image_*.png is a video; its masks go to the
 below --out, mask.npy, uint8 (frames, height, width), ids 0..48. A video with a fault is named on
 stderr and gets no mask; the others are done, and the exit status is 1.
 
-What an object is, is told by all frames of a video together (objects.py): it never changes its
-class. --no-consistency labels each frame by itself.
+Objects are followed through the video (objects.py), and each is one class. --objects writes them
+beside mask.npy to objects.csv, a row for each object and frame; --no-consistency labels each frame
+by itself.
 """
 
 import argparse
+import csv
+import io
 import sys
 import time
 from collections import deque
@@ -26,12 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import CLEVRDataset
+from dataset import CLEVRDataset, WholeVideos, fill_batches
 from model import UNet, compile_network
-from objects import consistent_labels
+from objects import Row, Tracks, follow, table
 from utils import (
     Processes,
     UserError,
@@ -48,11 +50,10 @@ from utils import (
 from videos import find_videos, frame_paths, read_mask
 
 FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, which --compile makes ready for
+TABLE = "objects.csv"  # beside mask.npy
 MAX_LANES = 16  # threads that label videos of their own
 GPU_LANES = 4  # one launches while another waits for its labels or for the disk
 MAX_WORKERS = 16  # processes that decode for a GPU
-
-Read = tuple[int, Tensor, str]  # number of a video, its frames (T, 3, H, W), what is wrong with it
 
 
 def find_data(data: Path | None, checkpoint: dict, ckpt: Path) -> Path:
@@ -85,11 +86,16 @@ def plan(data: Path, out: Path) -> dict[Path, Path]:
     return targets
 
 
-def unfinished(targets: dict[Path, Path]) -> dict[Path, Path]:
-    """Return the targets that lack a whole mask, and delete what a killed run left of them."""
-    rest = {video: target for video, target in targets.items() if not _is_done(video, target)}
+def unfinished(targets: dict[Path, Path], with_table: bool) -> dict[Path, Path]:
+    """Return the targets that lack something whole; delete what a killed run left of them."""
+    rest = {
+        video: target
+        for video, target in targets.items()
+        if not _is_done(video, target) or (with_table and not target.with_name(TABLE).is_file())
+    }
     for target in rest.values():
         delete_scraps(target)
+        delete_scraps(target.with_name(TABLE))
     return rest
 
 
@@ -101,52 +107,10 @@ def _is_done(video: Path, target: Path) -> bool:
         return False
 
 
-class WholeVideos(Dataset):
-    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not."""
-
-    def __init__(self, dataset: CLEVRDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset.videos)
-
-    def __getitem__(self, v: int) -> Read:
-        try:
-            return v, self.dataset.video(v), ""
-        except UserError as error:
-            return v, torch.empty(0), str(error)
-
-    def read(self, numbers: Iterable[int]) -> list[Read]:
-        """Return the videos of these numbers."""
-        return [self[v] for v in numbers]
-
-    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
-        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
-        return DataLoader(
-            self, batch_sampler=batches, num_workers=workers, collate_fn=list, pin_memory=pin
-        )
-
-
-def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
-
-    A longer video comes alone. No batch holds half a video.
-    """
-    group, frames = [], 0
-    for v, length in enumerate(lengths):
-        if group and frames + length > batch_size:
-            yield group
-            group, frames = [], 0
-        group.append(v)
-        frames += length
-    if group:
-        yield group
-
-
 @torch.inference_mode()
 def label(
     model: UNet, videos: Sequence[Tensor], device: torch.device, batch_size: int, consistency: bool
-) -> list[Tensor]:
+) -> list[Tracks]:
     """Return the labels of videos that have frames of one size.
 
     Args:
@@ -154,10 +118,8 @@ def label(
         videos: Of each, frames uint8 (T, 3, H, W).
         device: Where the network runs.
         batch_size: Frames at once.
-        consistency: Whether all frames of a video decide together.
-
-    Returns:
-        For each video (T, H, W) uint8, ids 0..48, on the CPU.
+        consistency: Whether objects are followed through the video; else each frame has the
+            labels that the network gives it, and nothing is known of objects.
     """
     found: list[Any] = []
     for frames in torch.cat(list(videos)).split(batch_size):
@@ -167,19 +129,25 @@ def label(
             found.append(model.evidence(stages) if consistency else model.labels(stages))
     lengths = [len(video) for video in videos]
     if not consistency:
-        return list(torch.cat(found).cpu().split(lengths))
+        return [Tracks(labels, {}) for labels in torch.cat(found).cpu().split(lengths)]
     objects = torch.cat([where for where, _ in found]).split(lengths)
     evidence = torch.cat([logits.half() for _, logits in found])
     counts = [int(where.sum()) for where in objects]
-    parts = zip(objects, evidence.split(counts), strict=True)
-    return [consistent_labels(where, logits).cpu() for where, logits in parts]
+    return [
+        follow(where, logits) for where, logits in zip(objects, evidence.split(counts), strict=True)
+    ]
 
 
-def save(target: Path, labels: Tensor) -> None:
-    """Write labels (T, H, W)."""
+def save(target: Path, tracks: Tracks, with_table: bool) -> None:
+    """Write the labels of a video and, before them, the table of its objects if it is wanted."""
     try:
+        if with_table:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([Row._fields, *table(tracks)])
+            with atomic_write(target.with_name(TABLE)) as file:
+                file.write(text.getvalue().encode())
         with atomic_write(target) as file:
-            np.save(file, labels.numpy())
+            np.save(file, tracks.labels.numpy())
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): "
@@ -225,8 +193,9 @@ def label_videos(
     batch_size: int,
     workers: int,
     consistency: bool = True,
+    with_table: bool = False,
 ) -> tuple[int, int, list[str]]:
-    """Write a mask for each video in `targets` that has no fault.
+    """Write a mask, and maybe a table of objects, for each video in `targets` that has no fault.
 
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
@@ -241,14 +210,14 @@ def label_videos(
 
     def job(batch: Any) -> tuple[int, int, list[str]]:
         """Read, label and write a few videos."""
-        found = read(batch)
-        whole = [(v, frames) for v, frames, fault in found if not fault]
+        items = read(batch)
+        whole = [(v, frames) for v, frames, fault in items if not fault]
         for _, group in groupby(whole, key=lambda item: item[1].shape[1:]):
             numbers, frames = zip(*group, strict=True)
-            labels = label(model, frames, device, batch_size, consistency)
-            for v, masks in zip(numbers, labels, strict=True):
-                save(targets[dataset.videos[v]], masks)
-        return len(whole), sum(len(f) for _, f in whole), [fault for *_, fault in found if fault]
+            found = label(model, frames, device, batch_size, consistency)
+            for v, tracks in zip(numbers, found, strict=True):
+                save(targets[dataset.videos[v]], tracks, with_table)
+        return len(whole), sum(len(f) for _, f in whole), [fault for *_, fault in items if fault]
 
     threads = torch.get_num_threads()
     lanes = lanes_for(device, threads)
@@ -281,13 +250,19 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         found = len(targets)
-        targets = unfinished(targets)
+        targets = unfinished(targets, args.objects)
         print(f"{found - len(targets)} of {found} videos have their masks already")
     workers = default_workers(device) if args.workers is None else args.workers
     start = time.perf_counter()
     try:
         done, frames, faults = label_videos(
-            model, targets, device, args.batch_size, workers, not args.no_consistency
+            model,
+            targets,
+            device,
+            args.batch_size,
+            workers,
+            not args.no_consistency,
+            args.objects,
         )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -333,8 +308,12 @@ def parse_args() -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add("--no-consistency", action="store_true", help="label each frame by itself")
+    add("--objects", action="store_true", help="also write the objects that were followed")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.objects and args.no_consistency:
+        parser.error("--objects are those that are followed: leave out --no-consistency")
+    return args
 
 
 if __name__ == "__main__":

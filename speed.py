@@ -25,7 +25,7 @@ import infer
 import train
 import utils
 from augment import augment
-from dataset import CLEVRDataset, ShardedBatches, split_videos
+from dataset import CLEVRDataset, ShardedBatches, WholeVideos, split_videos
 from model import UNet
 from optim import MuonAdamW, learning_rate_at
 from peers import NETWORKS, Peer
@@ -198,7 +198,7 @@ def measure_infer(
         total = sum(len(frame_paths(video)) for video in targets)
 
         def read() -> None:
-            whole = infer.WholeVideos(CLEVRDataset(list(targets), labelled=False))
+            whole = WholeVideos(CLEVRDataset(list(targets), labelled=False))
             one_by_one = [[v] for v in range(len(whole))]
             deque(whole.loader(one_by_one, workers, pin=False), maxlen=0)
 

@@ -1,6 +1,7 @@
 """Masks for every video: mirrored, whole, in order, whatever the batch size or the faults."""
 
 import copy
+import csv
 import os
 import shutil
 import signal
@@ -17,8 +18,10 @@ from conftest import run as run_alone
 from PIL import Image
 
 import infer
+from classes import CLASS_NAMES
+from dataset import fill_batches
 from model import UNet
-from objects import consistent_labels
+from objects import follow
 from utils import mixed_precision, save_checkpoint
 
 SCRIPT = ROOT / "infer.py"
@@ -90,7 +93,7 @@ def masks_below(folder):
 def assert_labels_of(mask, video, network, consistency=True):
     """Check that each mask is what the network finds in its frame, read by other means.
 
-    Objects are where model.predict finds them; with `consistency` the whole video names them.
+    Objects are where model.predict finds them; with `consistency` they are followed.
 
     Rounding differs between batch sizes, which may turn a few pixels; the masks of two frames have
     half of their pixels in common.
@@ -105,7 +108,7 @@ def assert_labels_of(mask, video, network, consistency=True):
         with mixed_precision(frames.device), torch.inference_mode():
             objects, evidence = network.evidence(network.stages(frames))
         assert (objects == (expected > 0)).double().mean() > 0.97
-        expected = consistent_labels(objects, evidence.half())
+        expected = follow(objects, evidence.half()).labels
     expected = expected.numpy()
     assert mask.dtype == np.uint8
     assert mask.shape == expected.shape
@@ -295,8 +298,7 @@ def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, netw
     own, together = masks_below(tmp_path / "own"), masks_below(tmp_path / "out")
     for name, mask in own.items():
         assert_labels_of(mask, (data / name).parent, network, consistency=False)
-        np.testing.assert_array_equal(mask > 0, together[name] > 0)
-        assert set(np.unique(together[name])) <= set(np.unique(mask))
+        assert not together[name][mask == 0].any()
     assert any((own[name] != together[name]).any() for name in own)
 
 
@@ -338,12 +340,53 @@ def test_processes_that_decode_ahead_change_nothing(call, run, tmp_path, data, c
     assert all(np.array_equal(ahead[name], alone[name]) for name in alone)
 
 
+def test_objects_csv_says_where_each_object_is(run, tmp_path, data, ckpt):
+    arguments = ("--ckpt", ckpt, "--out", tmp_path / "out", "--data", data / "a/video_10")
+    assert run(*arguments, "--objects")[0] == 0
+    mask = np.load(tmp_path / "out/mask.npy")
+    with (tmp_path / "out/objects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["frame"], row["object"]) for row in rows}) == len(rows)
+    seen = np.zeros_like(mask)
+    for row in rows:
+        t, kind = int(row["frame"]), int(row["class_id"])
+        assert row["name"] == CLASS_NAMES[kind]
+        y, x = np.nonzero(mask[t] == kind)
+        assert int(row["pixels"]) == len(x)
+        assert float(row["x"]) == pytest.approx(x.mean())
+        assert float(row["y"]) == pytest.approx(y.mean())
+        box = [int(row[side]) for side in ("left", "top", "right", "bottom")]
+        assert box == [x.min(), y.min(), x.max(), y.max()]
+        edge = box[0] == 0 or box[1] == 0 or box[2] == 47 or box[3] == 31
+        assert row["at_edge"] == str(int(edge))
+        assert 0 <= float(row["confidence"]) <= 1
+        seen[t][mask[t] == kind] = kind
+    assert np.array_equal(seen, mask), "every object pixel is in the table"
+
+
+def test_resume_makes_the_tables_that_are_missing(run, tmp_path, data, ckpt):
+    arguments = ("--ckpt", ckpt, "--out", tmp_path / "out", "--data", data)
+    assert run(*arguments)[0] == 0
+    status, out, _ = run(*arguments, "--resume", "--objects")
+    assert status == 0
+    assert "0 of 3 videos have their masks already" in out
+    assert len(list((tmp_path / "out").rglob("objects.csv"))) == 3
+    assert "3 of 3 videos" in run(*arguments, "--resume", "--objects")[1]
+
+
+def test_objects_need_to_be_followed(run, tmp_path, ckpt):
+    options = ("--objects", "--no-consistency")
+    status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", *options)
+    assert status == 2
+    assert "--no-consistency" in err
+
+
 def test_short_videos_fill_a_batch_and_none_is_torn():
     lengths = [3, 5, 2, 22, 30, 1, 10, 11]
-    groups = list(infer.fill_batches(lengths, 11))
+    groups = list(fill_batches(lengths, 11))
     assert list(chain(*groups)) == list(range(8))
     assert groups == [[0, 1, 2], [3], [4], [5, 6], [7]]
-    assert list(infer.fill_batches([], 11)) == []
+    assert list(fill_batches([], 11)) == []
 
 
 def test_few_wait_their_turn():

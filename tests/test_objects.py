@@ -1,78 +1,242 @@
-"""One object, one class: scenes of which the right labels are known."""
+"""Objects are followed: synthetic scenes whose right labels are worked out by hand."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from classes import COLOURS, class_id
-from objects import consistent_labels
+from classes import CLASS_NAMES, FACTOR_SIZES, factors
+from objects import DROP_PIXELS, follow, table
 
-
-def logits_of(name, margin):
-    """Return the 13 logits of a pixel that looks like, say, "cube metal red" by a margin."""
-    names = ("cube", "sphere", "cylinder", "metal", "rubber", *COLOURS)
-    return torch.tensor([margin * (n in name.split()) for n in names])
-
-
-def scene(*blocks, frames=22):
-    """Return objects and evidence of blocks (frames, rows, columns, name, margin)."""
-    objects = torch.zeros(frames, 40, 60, dtype=torch.bool)
-    logits = torch.zeros(frames, 40, 60, 13)
-    for when, rows, columns, name, margin in blocks:
-        for t in when:
-            objects[t, rows, columns] = True
-            logits[t, rows, columns] = logits_of(name, margin)
-    return objects, logits[objects]
+ID = {name: i for i, name in enumerate(CLASS_NAMES)}
+RED_CUBE, RED_BALL = ID["red rubber cube"], ID["red rubber sphere"]
+BLUE_CUBE, BLUE_BALL = ID["blue metal cube"], ID["blue metal sphere"]
 
 
-LEFT, MIDDLE, RIGHT = slice(0, 20), slice(20, 40), slice(40, 60)
-ROWS = slice(10, 30)
+def logits(kind, sure=6.0):
+    """Evidence (13,) that speaks for one class by `sure` nats in each factor."""
+    hot = [F.one_hot(torch.tensor(f), n) for f, n in zip(factors(kind), FACTOR_SIZES, strict=True)]
+    return sure * torch.cat(hot).float()
 
 
-def test_a_class_that_flips_is_set_right_and_foreground_stays():
-    flips = [3, 17]  # by a margin of 2, against 20 frames in which it is a cube by 6
-    rest = [t for t in range(22) if t not in flips]
-    objects, evidence = scene(
-        (rest, ROWS, LEFT, "cube metal red", 6.0),
-        (flips, ROWS, LEFT, "cylinder metal red", 2.0),
-        (range(22), slice(10, 11), LEFT, "cube metal gray", 1.0),  # its edge, in doubt
-    )
-    labels = consistent_labels(objects, evidence)
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels > 0, objects)
-    assert labels[objects].unique().tolist() == [class_id("cube", "metal", "red")]
+class Scene:
+    """Boxes drawn over an empty video; what is drawn later hides what is there."""
+
+    def __init__(self, frames, height=160, width=240):
+        self.objects = torch.zeros(frames, height, width, dtype=torch.bool)
+        self.drawn = torch.zeros(frames, height, width, dtype=torch.uint8)  # by which call
+        self.evidence = torch.zeros(frames, height, width, 13)
+
+    def box(self, t, x, y, reads, size=20, sure=6.0, name=1):
+        """Draw a box whose top left pixel is (x, y), as far as it lies in the frame."""
+        rows, columns = slice(max(y, 0), y + size), slice(max(x, 0), max(x + size, 0))
+        self.objects[t, rows, columns] = True
+        self.drawn[t, rows, columns] = name
+        self.evidence[t, rows, columns] = logits(reads, sure)
+
+    def follow(self):
+        return follow(self.objects, self.evidence[self.objects].half())
+
+    def classes(self, tracks, t, name=1):
+        """The classes that one object was given in frame t."""
+        return set(tracks.labels[t][self.drawn[t] == name].tolist())
 
 
-@pytest.mark.parametrize("frame", [0, 9, 21])
-def test_a_briefly_seen_object_keeps_its_class(frame):
-    """8 pixels in one frame, beside 8,800 of an object that differs in shape alone."""
-    objects, evidence = scene(
-        (range(22), ROWS, LEFT, "cube metal red", 8.0),
-        ([frame], slice(0, 4), slice(58, 60), "sphere metal red", 12.0),
-    )
-    labels = consistent_labels(objects, evidence)
-    assert torch.equal(labels > 0, objects)
-    assert (labels[frame, 0:4, 58:60] == class_id("sphere", "metal", "red")).all()
-    assert (labels[:, ROWS, LEFT] == class_id("cube", "metal", "red")).all()
+def test_a_class_that_flips_is_set_right():
+    scene = Scene(8)
+    for t in range(8):
+        scene.box(t, 60 + 5 * t, 60, RED_BALL if t in (3, 4) else RED_CUBE)
+    tracks = scene.follow()
+    assert (tracks.labels == RED_CUBE).equal(scene.objects)
 
 
-def test_touching_objects_of_one_colour_keep_their_classes():
-    objects, evidence = scene(
-        (range(22), ROWS, LEFT, "cube rubber blue", 3.0),
-        (range(22), ROWS, MIDDLE, "cylinder rubber blue", 3.0),
-        (range(5), ROWS, RIGHT, "cylinder metal blue", 3.0),
-    )
-    labels = consistent_labels(objects, evidence)
-    assert (labels[:, ROWS, LEFT] == class_id("cube", "rubber", "blue")).all()
-    assert (labels[:, ROWS, MIDDLE] == class_id("cylinder", "rubber", "blue")).all()
-    assert (labels[:5, ROWS, RIGHT] == class_id("cylinder", "metal", "blue")).all()
-    assert not labels[5:, ROWS, RIGHT].any()
+def test_part_of_an_object_that_reads_otherwise_is_set_right():
+    scene = Scene(6)
+    for t in range(6):
+        scene.box(t, 60, 60, RED_CUBE)
+        if t == 2:
+            scene.evidence[t, 60:80, 60:68] = logits(RED_BALL)
+    assert (scene.follow().labels == RED_CUBE).equal(scene.objects)
 
 
-@pytest.mark.parametrize("pixels", [0, 1, 2])
-def test_one_frame_and_hardly_an_object(pixels):
-    blocks = [([0], slice(0, 1), slice(0, pixels), "sphere rubber cyan", 5.0)] if pixels else []
-    objects, evidence = scene(*blocks, frames=1)
-    labels = consistent_labels(objects, evidence)
-    assert labels.shape == (1, 40, 60)
-    assert (labels[objects] == class_id("sphere", "rubber", "cyan")).all()
-    assert (labels > 0).sum() == pixels
+def test_a_brief_object_keeps_its_class():
+    scene = Scene(12)
+    for t in range(12):
+        scene.box(t, 40, 60, RED_CUBE)
+    scene.box(5, 150, 60, RED_BALL, size=12, name=2)
+    tracks = scene.follow()
+    assert scene.classes(tracks, 5, name=2) == {RED_BALL}
+    assert scene.classes(tracks, 5) == {RED_CUBE}
+
+
+@pytest.mark.parametrize("first", [1, -1])
+def test_an_object_that_the_frame_cuts_gets_the_class_it_has_in_full_view(first):
+    scene = Scene(8)
+    for i in range(8)[::first]:  # it enters, or it leaves
+        t = i if first > 0 else 7 - i
+        x = -14 + 8 * i
+        scene.box(t, x, 70, BLUE_CUBE if x < -5 else BLUE_BALL)
+    tracks = scene.follow()
+    assert tracks.labels.unique().tolist() == [0, BLUE_BALL]
+    rows = table(tracks)
+    assert [row.at_edge for row in rows if row.frame == (0 if first > 0 else 7)] == [True]
+    assert {row.object for row in rows} == {1}
+
+
+def test_an_occluded_object_that_reappears_keeps_its_number_and_class():
+    scene = Scene(14)
+    for t in range(14):
+        if not 5 <= t <= 8:
+            # On coming back it reads as something else at first.
+            scene.box(t, 30 + 8 * t, 60, BLUE_CUBE if t == 9 else BLUE_BALL, name=2)
+        scene.box(t, 75, 58, RED_CUBE, size=26)
+    tracks = scene.follow()
+    assert tracks.labels.unique().tolist() == [0, RED_CUBE, BLUE_BALL]
+    numbers = {(row.class_id, row.object) for row in table(tracks)}
+    assert len(numbers) == 2
+
+
+def test_touching_objects_of_one_colour_stay_two():
+    scene = Scene(10)
+    for t in range(10):
+        scene.box(t, 60, 60, RED_CUBE)
+        scene.box(t, 98 - 2 * t, 60, RED_BALL, name=2)  # they touch in the last frame
+    tracks = scene.follow()
+    for t in range(10):
+        assert scene.classes(tracks, t) == {RED_CUBE}
+        assert scene.classes(tracks, t, name=2) == {RED_BALL}
+
+
+def test_objects_that_collide_and_part_keep_their_classes():
+    scene = Scene(12)
+    for t in range(12):
+        gap = 20 + 6 * abs(t - 6)
+        scene.box(t, 80, 60, BLUE_CUBE)
+        scene.box(t, 80 + gap, 64, BLUE_BALL, name=2)
+    tracks = scene.follow()
+    for t in range(12):
+        assert scene.classes(tracks, t) == {BLUE_CUBE}
+        assert scene.classes(tracks, t, name=2) == {BLUE_BALL}
+
+
+def test_an_object_behind_a_narrow_one_is_one_class_in_two_pieces():
+    scene = Scene(6)
+    for t in range(6):
+        scene.box(t, 60, 60, RED_CUBE, size=24)
+        scene.objects[t, 40:100, 70:76] = True
+        scene.evidence[t, 40:100, 70:76] = logits(BLUE_BALL)
+        scene.drawn[t, 40:100, 70:76] = 2
+    tracks = scene.follow()
+    assert scene.classes(tracks, 3) == {RED_CUBE}
+    assert scene.classes(tracks, 3, name=2) == {BLUE_BALL}
+
+
+def test_no_class_is_twice_in_one_frame():
+    scene = Scene(5)
+    for t in range(5):
+        scene.box(t, 30, 60, RED_CUBE, sure=6)
+        scene.box(t, 180, 60, RED_CUBE, sure=3, name=2)
+        scene.evidence[t][scene.drawn[t] == 2] += logits(RED_BALL, 2.5)
+    tracks = scene.follow()
+    assert scene.classes(tracks, 2) == {RED_CUBE}
+    assert scene.classes(tracks, 2, name=2) == {RED_BALL}
+    rows = table(tracks)
+    assert len({(row.frame, row.class_id) for row in rows}) == len(rows) == 10
+
+
+def test_an_object_that_enters_while_another_leaves_is_another():
+    scene = Scene(12)
+    for t in range(12):
+        scene.box(t, -12 * t + 40, 60, RED_CUBE)  # gone from frame 5 on
+        if t >= 5:
+            scene.box(t, 240 - 5 * (t - 3), 60, RED_BALL, sure=3, name=2)
+            scene.evidence[t][scene.drawn[t] == 2] += logits(RED_CUBE, 1.5)
+    tracks = scene.follow()
+    assert scene.classes(tracks, 0) == {RED_CUBE}
+    assert all(scene.classes(tracks, t, name=2) == {RED_BALL} for t in range(5, 12))
+
+
+def test_two_tracks_that_want_one_class_share_out_what_costs_least():
+    scene = Scene(4)
+    for t in range(4):
+        scene.box(t, 30, 60, RED_CUBE, size=24, sure=2)  # larger, but nearly as well a ball
+        scene.evidence[t][scene.drawn[t] == 1] += logits(RED_BALL, 1.6)
+        scene.box(t, 180, 60, RED_CUBE, name=2)
+    tracks = scene.follow()
+    assert scene.classes(tracks, 1) == {RED_BALL}
+    assert scene.classes(tracks, 1, name=2) == {RED_CUBE}
+
+
+def test_only_scraps_without_a_likely_class_are_dropped():
+    scene = Scene(6)
+    for t in range(6):
+        scene.box(t, 60, 60, RED_CUBE)
+        scene.box(t, 130, 20, BLUE_BALL, size=6, sure=0.2, name=2)
+        scene.box(t, 180, 20, BLUE_BALL, size=6, name=3)
+        scene.box(t, 200, 100, BLUE_CUBE, size=8, sure=0.2, name=4)
+    assert 6 * 6 <= DROP_PIXELS < 8 * 8
+    tracks = scene.follow()
+    for t in range(6):
+        assert scene.classes(tracks, t, name=2) == {0}
+        assert scene.classes(tracks, t, name=3) == {BLUE_BALL}
+        assert 0 not in scene.classes(tracks, t, name=4)
+    assert ((tracks.labels > 0) == (scene.objects & (scene.drawn != 2))).all()
+
+
+def test_a_video_of_one_frame():
+    scene = Scene(1)
+    scene.box(0, 60, 60, RED_CUBE)
+    scene.box(0, -5, 100, BLUE_BALL, name=2)
+    tracks = scene.follow()
+    assert scene.classes(tracks, 0) == {RED_CUBE}
+    assert scene.classes(tracks, 0, name=2) == {BLUE_BALL}
+
+
+@pytest.mark.parametrize("frames", [0, 1, 3])
+def test_a_video_without_objects(frames):
+    tracks = Scene(frames).follow()
+    assert tracks.labels.shape == (frames, 160, 240)
+    assert not tracks.labels.any()
+    assert table(tracks) == []
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (7, 240), (320, 480)])
+def test_frames_of_any_size(height, width):
+    scene = Scene(2, height, width)
+    scene.objects[:] = True
+    scene.evidence[:] = logits(RED_CUBE)
+    assert (scene.follow().labels == RED_CUBE).all()
+
+
+def test_a_thousand_frames():
+    scene = Scene(1000, 48, 64)
+    for t in range(1000):
+        scene.box(t, t * 7 % 64, 10, RED_CUBE if t % 10 else RED_BALL, size=10)
+        scene.box(t, t // 20, 30, BLUE_BALL, size=10, name=2)
+    tracks = scene.follow()
+    assert ((tracks.labels > 0) == scene.objects).all()
+    assert all(scene.classes(tracks, t, name=2) == {BLUE_BALL} for t in range(0, 1000, 50))
+
+
+def test_noise_is_labelled_in_bounded_time():
+    generator = torch.Generator().manual_seed(0)
+    objects = torch.rand(20, 160, 240, generator=generator) < 0.2
+    evidence = 3 * torch.randn(int(objects.sum()), 13, generator=generator)
+    tracks = follow(objects, evidence)
+    assert not tracks.labels[~objects].any()
+    assert tracks.labels.equal(follow(objects, evidence).labels)
+
+
+def test_table_tells_where_each_object_is():
+    scene = Scene(2)
+    scene.box(0, 60, 70, RED_CUBE, size=10)
+    scene.box(1, 64, 70, RED_CUBE, size=10)
+    scene.box(1, -4, 100, BLUE_BALL, size=12, name=2)
+    rows = table(scene.follow())
+    assert [row[:4] for row in rows] == [
+        (0, 1, RED_CUBE, "red rubber cube"),
+        (1, 1, RED_CUBE, "red rubber cube"),
+        (1, 2, BLUE_BALL, "blue metal sphere"),
+    ]
+    assert rows[0][4:12] == (64.5, 74.5, 60, 70, 69, 79, 100, False)
+    assert rows[2][4:12] == (3.5, 105.5, 0, 100, 7, 111, 96, True)
+    assert rows[0].confidence > 0.8 > rows[2].confidence > 0  # cut off, seen once
