@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import CLEVRDataset, WholeVideos, fill_batches
-from model import UNet, compile_network
+from model import UNet
 from objects import Row, Tracks, follow, table
 from utils import (
     Processes,
@@ -40,7 +40,9 @@ from utils import (
     at_least,
     atomic_write,
     choose_device,
+    compile_network,
     delete_scraps,
+    has_bfloat16,
     load_checkpoint,
     log_header,
     mixed_precision,
@@ -286,6 +288,8 @@ def main() -> int:
 def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: bool) -> UNet:
     """Return the network on its device, fused and, if it can be, compiled."""
     model = model.to(device, memory_format=torch.channels_last).eval().fuse()
+    if has_bfloat16(device):  # once, not in every batch
+        model = model.bfloat16()
     if compiled:
         size = (batch_size, 3, *FRAME_SIZE)
         compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))

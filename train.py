@@ -32,7 +32,7 @@ from classes import NUM_CLASSES
 from dataset import CLEVRDataset, ShardedBatches, split_videos
 from log import Log
 from metrics import confusion_matrix, summarise
-from model import UNet, compile_network
+from model import UNet
 from optim import MuonAdamW, learning_rate_at, update_average
 from render import DEMO_DATA, render_demo
 from utils import (
@@ -40,6 +40,7 @@ from utils import (
     UserError,
     at_least,
     choose_device,
+    compile_network,
     load_checkpoint,
     log_header,
     mixed_precision,

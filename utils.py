@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import os
 import platform
@@ -117,6 +118,29 @@ def has_bfloat16(device: torch.device) -> bool:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """Return a context of bfloat16 arithmetic where the hardware has it, else of float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
+    """Compile a network in place; where that fails, say why in a line and leave it as it is.
+
+    Args:
+        model: A UNet. If it is in training, its backward is compiled as well.
+        frames: A batch as it will come; other sizes are compiled when they come.
+    """
+    trial = copy.deepcopy(model)  # its batch statistics change
+    trial.stages = torch.compile(trial.stages)
+    try:
+        with mixed_precision(frames.device), torch.inference_mode(not model.training):
+            stages = trial.stages(frames)
+        if model.training:
+            sum(part.float().mean() for stage in stages for part in stage).backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Triton, a bug in one of them
+        reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
+        print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
+    else:
+        model.stages = torch.compile(model.stages)
 
 
 class Processes:

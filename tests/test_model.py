@@ -8,8 +8,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 from classes import NUM_CLASSES, class_id
-from model import DELETED_SWITCHES, Stage, UNet, at_pixels, cell_width, compile_network, middle_ids
-from utils import UserError, save_checkpoint
+from model import DELETED_SWITCHES, Stage, UNet, at_pixels, cell_width, middle_ids
+from utils import UserError, compile_network, save_checkpoint
 
 CONFIGS = {
     "two stages": {"widths": (8, 12)},
