@@ -135,14 +135,23 @@ def estimate(evidence: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]
         evidence: (n, 13) log-probabilities.
         pixels: of objects in the video.
     """
-    p = np.exp(evidence[:: 1 + len(evidence) // SAMPLE] @ MEMBERS.T)
-    transposed = np.ascontiguousarray(p.T)
-    share = np.full(NUM_KINDS, 1 / NUM_KINDS, np.float32)
+    p = np.exp(by_class(evidence[:: 1 + len(evidence) // SAMPLE], MEMBERS))
+    p = torch.from_numpy(p)
+    transposed = p.T.contiguous()
+    share = torch.full((NUM_KINDS,), 1 / NUM_KINDS)
     for _ in range(ROUNDS):
         share = share * (transposed @ (1 / (p @ share))) / len(p)
-    pixels = share * pixels
+    pixels = share.numpy() * pixels
     kinds = np.flatnonzero(pixels >= min(pixels.max(), 0.5))
     return kinds, np.log(pixels[kinds] / (pixels[kinds] + DOUBTFUL))
+
+
+def by_class(evidence: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of the classes, (n, k), for `members` (k, 13) of them.
+
+    By torch, since the threads of NumPy's own library would take the cores of other videos.
+    """
+    return (torch.from_numpy(evidence) @ torch.from_numpy(members).T).numpy()
 
 
 def cut(cells: Cells) -> np.ndarray:
@@ -153,7 +162,7 @@ def cut(cells: Cells) -> np.ndarray:
     frame in pieces are taken together, so that noise costs no more time than a scene.
     """
     kinds, trust = estimate(cells.evidence, len(cells.of_pixel))
-    kind = kinds[(cells.evidence @ MEMBERS[kinds].T + trust).argmax(axis=1)]
+    kind = kinds[(by_class(cells.evidence, MEMBERS[kinds]) + trust).argmax(axis=1)]
     same = kind[cells.pairs[0]] == kind[cells.pairs[1]]
     n = len(kind)
     a, b = cells.pairs.compress(same, axis=1)
