@@ -34,6 +34,7 @@ from tqdm import tqdm
 from dataset import CLEVRDataset, WholeVideos, fill_batches
 from model import UNet
 from objects import Row, Tracks, follow, table
+from parts import gather, occupied
 from utils import (
     Processes,
     UserError,
@@ -123,21 +124,23 @@ def label(
         consistency: Whether objects are followed through the video; else each frame has the
             labels that the network gives it, and nothing is known of objects.
     """
-    found: list[Any] = []
+    found, evidence = [], []
     for frames in torch.cat(list(videos)).split(batch_size):
-        frames = frames.to(device, non_blocking=True)  # bytes
         with mixed_precision(device):
-            stages = model.stages(frames)
-            found.append(model.evidence(stages) if consistency else model.labels(stages))
+            stages = model.stages(frames.to(device, non_blocking=True))  # bytes
+            answer = model.evidence(stages) if consistency else (model.labels(stages),)
+        answer = [part.to("cpu", non_blocking=True) for part in answer]
+        if device.type != "cpu":  # this lane waits, while others launch
+            torch.Event(device).record().synchronize()
+        found.append(answer[0])
+        if consistency:
+            evidence.append(gather(*answer))
     lengths = [len(video) for video in videos]
+    parts = torch.cat(found).split(lengths)
     if not consistency:
-        return [Tracks(labels, {}) for labels in torch.cat(found).cpu().split(lengths)]
-    objects = torch.cat([where for where, _ in found]).split(lengths)
-    evidence = torch.cat([logits.half() for _, logits in found])
-    counts = [int(where.sum()) for where in objects]
-    return [
-        follow(where, logits) for where, logits in zip(objects, evidence.split(counts), strict=True)
-    ]
+        return [Tracks(labels, {}) for labels in parts]
+    counts = [int(occupied(objects).sum()) for objects in parts]
+    return [follow(*both) for both in zip(parts, torch.cat(evidence).split(counts), strict=True)]
 
 
 def save(target: Path, tracks: Tracks, with_table: bool) -> None:

@@ -236,15 +236,14 @@ class UNet(nn.Module):
         return (_enlarge(ids[:, None].to(torch.uint8), thing) * (thing > 0))[:, 0]
 
     def evidence(self, stages: list[Stage]) -> tuple[Tensor, Tensor]:
-        """Return where objects are, and what speaks for each kind of object there.
+        """Return where objects are, and what speaks for each kind of object.
 
         Returns:
-            (B, H, W) bool, where `labels` sees an object, and (N, 13) logits of shape, material
-            and colour at the N pixels so marked.
+            (B, H, W) bool, where `labels` sees an object, and (B, 13, h, w), of each cell of
+            FOLD x FOLD pixels the logits of 3 shapes, 2 materials and 8 colours.
         """
         thing, kind = stages[-1]
-        objects = thing[:, 0] > 0
-        return objects, at_pixels(kind, objects)
+        return thing[:, 0] > 0, kind
 
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:

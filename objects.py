@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from classes import CLASS_NAMES, FACTOR_SIZES, NUM_CLASSES
-from parts import MEMBERS, NUM_KINDS, TOLERANCE, Parts, link, parts_of, sums
+from parts import MEMBERS, NUM_KINDS, Parts, parts_of, sums
+from tracks import TOLERANCE, link
 
 NEW_CLASS = 4.0  # nats that a further class of the video costs
 APART = 0.6  # nats against one object being seen in two pieces
@@ -70,8 +71,8 @@ def follow(objects: Tensor, evidence: Tensor) -> Tracks:
 
     Args:
         objects: (T, H, W) bool, where there is an object.
-        evidence: (N, 13), for each such pixel, in order, the logits of 3 shapes, 2 materials and
-            8 colours.
+        evidence: (n, 13), for each cell of 2 x 2 pixels that holds such a pixel, in order, the
+            logits of 3 shapes, 2 materials and 8 colours: `parts.gather`.
 
     Returns:
         The labels; background where there is no object, and where a track never shows more than

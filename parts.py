@@ -1,26 +1,25 @@
-"""Parts: the object pixels of a video, cut into pieces that read alike and linked to tracks.
+"""Parts: the object pixels of a video, cut into pieces that read alike.
 
-`parts_of` takes what the network sees in all frames of a video. The classes of the video are
-estimated from all of its object pixels together; each 2 x 2 pixels get the likeliest of them, and
-what is connected and of one class is a part, unless it is a scrap inside another. `link` follows
-the parts from frame to frame.
+`gather` keeps what the network says of objects; `parts_of` takes it for all frames of a video. The
+classes of the video are estimated from all of its object pixels together; each 2 x 2 pixels get the
+likeliest of them, and what is connected and of one class is a part, unless it is a scrap inside
+another.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.nn import functional as F
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
 
 NUM_KINDS = NUM_CLASSES - 1  # classes of objects
 HEIGHT = 160  # of the frames that lengths and areas are given for
 
-# Parts
 SAMPLE = 1024  # cells that the classes of a video are estimated from
 ROUNDS = 30  # of that estimate; with fewer than 20 stray classes stay
 DOUBTFUL = 30  # pixels in all frames together that halve the doubt in a class
@@ -28,17 +27,6 @@ LEAST = -6.0  # log-probability: what one pixel can say against a class is bound
 SCRAP = 6  # cells of a part that may be noise inside another ...
 SCRAP_EVIDENCE = 8.0  # ... unless they say this much, in nats, for being something else
 MOST_PARTS = 64  # of a frame; what is left of one that falls into more counts as one part
-
-# Tracks: lengths and areas are in pixels
-REACH = 11.0  # distance that weighs as much as one nat of evidence; objects move up to 20 a frame
-STRANGE = 3.0  # nats; parts that differ more are not linked
-LEAST_ALIKE = (0.2, 0.2, 0.02)  # Bhattacharyya coefficients of shapes, materials and colours
-UNSURE_SIZE = 0.5  # weight of a change in size where something may hide a part; 1 elsewhere
-PATCH_SLACK = 4.0  # a patch may make its object this much longer than in the frame before ...
-PATCH_PIXELS = 10.0  # ... and so much larger
-ALIKE = 0.5  # Bhattacharyya coefficient of colours, and of materials, of a patch and its object
-MOST_TRACKS = 1000  # of a video; what is left of one that falls into more counts as one track
-TOLERANCE = 1.1  # on the size of one object
 
 # Which of the 13 logits each class adds up, (48, 13).
 MEMBERS = np.concatenate(
@@ -72,6 +60,29 @@ class Parts(NamedTuple):
     touching: np.ndarray  # sorted p * a + b of all parts a and b that touch, both ways
 
 
+def occupied(objects: Tensor) -> Tensor:
+    """Return which cells of 2 x 2 pixels hold an object, (T, h, w), for objects (T, H, W), bool."""
+    height, width = objects.shape[-2:]
+    if height % 2 or width % 2:
+        objects = F.pad(objects, (0, width % 2, 0, height % 2))
+    rows = objects[:, ::2] | objects[:, 1::2]
+    return rows[..., ::2] | rows[..., 1::2]
+
+
+def gather(objects: Tensor, kind: Tensor) -> Tensor:
+    """Return what speaks for each kind in the cells that hold an object, in order.
+
+    Args:
+        objects: (T, H, W) bool.
+        kind: (T, 13, h, w), of each cell of 2 x 2 pixels the logits of 3 shapes, 2 materials and 8
+            colours.
+
+    Returns:
+        (n, 13) float16, on the device of the arguments: a twentieth of `kind`.
+    """
+    return kind.movedim(1, -1)[occupied(objects)].half()
+
+
 def parts_of(
     where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]
 ) -> tuple[Parts, np.ndarray]:
@@ -79,7 +90,8 @@ def parts_of(
 
     Args:
         where: (N,) flat positions of the object pixels in (T, H, W).
-        evidence: (N, 13), for each of them the logits of 3 shapes, 2 materials and 8 colours.
+        evidence: (n, 13), for each cell that holds some of them the logits of 3 shapes, 2
+            materials and 8 colours.
         shape: T, H and W.
     """
     cells = to_cells(where, evidence, shape)
@@ -88,7 +100,7 @@ def parts_of(
 
 
 def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cells:
-    """Return the cells of the object pixels at the flat positions `where` in (T, H, W)."""
+    """Return the cells of the object pixels at the flat positions `where`, as in `parts_of`."""
     frames, height, width = shape
     rows, columns = (height + 1) // 2 + 1, (width + 1) // 2 + 2  # with margins that stay empty
     size = frames * rows * columns + columns + 2
@@ -98,9 +110,8 @@ def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cel
     cell = (frame * rows + ((line - frame * height) >> 1)) * columns
     cell += ((where - line * width) >> 1) + 1
     number = np.full(size, -1, np.int32)
-    number[cell] = np.arange(len(where), dtype=np.int32)  # of its last pixel
+    number[cell] = 0
     at = np.flatnonzero(number >= 0).astype(where.dtype)
-    chosen = evidence[torch.from_numpy(number[at]).to(evidence.device)].cpu()
     number[at] = np.arange(len(at), dtype=np.int32)
     pairs = []
     for step in (1, columns - 1, columns, columns + 1):
@@ -113,7 +124,12 @@ def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cel
     position = np.stack([at - line * columns - 1, line - frame * rows])
     pixels = np.bincount(of_pixel)
     return Cells(
-        log_probabilities(chosen), pixels, frame, position, np.concatenate(pairs, axis=1), of_pixel
+        log_probabilities(evidence),
+        pixels,
+        frame,
+        position,
+        np.concatenate(pairs, axis=1),
+        of_pixel,
     )
 
 
@@ -224,102 +240,6 @@ def measure(cells: Cells, part: np.ndarray, shape: tuple[int, ...]) -> Parts:
         evidence=sums(part, count, cells.evidence) / size[:, None],
         touching=np.unique(np.concatenate([a * count + b, b * count + a])),
     )
-
-
-def link(parts: Parts, frames: int) -> np.ndarray:
-    """Return the number of the track that each part belongs to, (p,).
-
-    Parts of one frame are assigned to those of the next so that they differ least in all
-    (Kuhn 1955). What is left over begins a track, or is a patch of another part.
-    """
-    linker = _Linker(parts)
-    order = np.argsort(parts.frame, kind="stable")
-    starts = np.searchsorted(parts.frame[order], np.arange(frames + 1))
-    heads = order[:0]
-    for first, end in zip(starts[:-1], starts[1:], strict=True):
-        heads = linker.step(heads, order[first:end])
-    rank = np.argsort(np.argsort(-np.bincount(linker.track, parts.pixels), kind="stable"))
-    return np.minimum(rank, MOST_TRACKS)[linker.track]
-
-
-class _Linker:
-    """Parts under way from frame to frame; a part's span and size come to include its patches."""
-
-    def __init__(self, parts: Parts):
-        count = len(parts.frame)
-        self.parts = parts
-        self.span, self.pixels = parts.span.copy(), parts.pixels.copy()
-        self.track = np.full(count, -1)
-        self.tracks = 0
-        roots = np.exp(parts.evidence / 2)  # of probabilities
-        self.looks = np.split(roots, np.cumsum(FACTOR_SIZES)[:-1], axis=1)
-        self.free = ~parts.at_edge  # nothing hides any of it
-        self.free[parts.touching // count] = False
-
-    def step(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """Give the parts `now` their tracks, and return those to go on from: all but patches.
-
-        Args:
-            before: The parts of the last frame to go on from.
-            now: All parts of this frame.
-        """
-        heads = now
-        if len(before) and len(now):
-            cost = np.minimum(self.differences(before, now), STRANGE)
-            i, j = linear_sum_assignment(cost)
-            linked = cost[i, j] < STRANGE
-            old, new = before[i[linked]], now[j[linked]]
-            self.track[new] = self.track[old]
-            previous = dict(zip(new.tolist(), old.tolist(), strict=True))
-            rest = now[self.track[now] < 0]
-            patches = [part for part in rest.tolist() if self.join_patch(part, previous)]
-            heads = now[~np.isin(now, patches)]
-        new = now[self.track[now] < 0]
-        self.track[new] = self.tracks + np.arange(len(new))
-        self.tracks += len(new)
-        return heads
-
-    def differences(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """Return how unlike one thing the parts of one frame and the next are, (b, n), in nats."""
-        free = self.free[before, None] & self.free[now]
-        moved = np.abs(self.span[now] - self.span[before, None])  # (b, n, 2, 3)
-        # Where one side is hidden the others still tell.
-        x, y = np.where(free[..., None], moved[..., 2], moved.min(axis=3)).transpose(2, 0, 1)
-        size = np.abs(np.log(self.pixels[before, None] / self.pixels[now]))
-        likeness = 1.0
-        for root, least in zip(self.looks, LEAST_ALIKE, strict=True):
-            likeness = likeness * np.maximum(root[before] @ root[now].T, least)
-        size = size * np.where(free, 1, UNSURE_SIZE)
-        return np.hypot(x, y) / REACH + size - np.log(likeness)
-
-    def join_patch(self, part: int, previous: dict[int, int]) -> bool:
-        """Join `part` to one that it touches and was as large as both before; return if so.
-
-        Args:
-            part: One that continues no track.
-            previous: For each part that does, the one before it.
-        """
-        count = len(self.track)
-        touching = self.parts.touching
-        first, end = np.searchsorted(touching, (part * count, (part + 1) * count))
-        for host in (touching[first:end] - part * count).tolist():
-            alike = all(root[part] @ root[host] >= ALIKE for root in self.looks[1:])
-            if host not in previous or not alike:
-                continue
-            before = self.span[previous[host]]
-            low = np.minimum(self.span[part, :, 0], self.span[host, :, 0])
-            high = np.maximum(self.span[part, :, 1], self.span[host, :, 1])
-            longer = high - low - (before[:, 1] - before[:, 0])
-            pixels = self.pixels[part] + self.pixels[host]
-            most = TOLERANCE * self.pixels[previous[host]] + PATCH_PIXELS
-            if pixels <= most and (longer <= PATCH_SLACK).all():
-                share = self.pixels[part] / pixels
-                mean = (1 - share) * self.span[host, :, 2] + share * self.span[part, :, 2]
-                self.span[host] = np.stack([low, high, mean], axis=1)
-                self.pixels[host] = pixels
-                self.track[part] = self.track[host]
-                return True
-        return False
 
 
 def sums(index: np.ndarray, size: int, values: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from classes import CLASS_NAMES
 from dataset import fill_batches
 from model import UNet
 from objects import follow
+from parts import gather
 from utils import mixed_precision, save_checkpoint
 
 SCRIPT = ROOT / "infer.py"
@@ -106,9 +107,9 @@ def assert_labels_of(mask, video, network, consistency=True):
         expected = network.predict(frames)
     if consistency:
         with mixed_precision(frames.device), torch.inference_mode():
-            objects, evidence = network.evidence(network.stages(frames))
+            objects, kind = network.evidence(network.stages(frames))
         assert (objects == (expected > 0)).double().mean() > 0.97
-        expected = follow(objects, evidence.half()).labels
+        expected = follow(objects, gather(objects, kind)).labels
     expected = expected.numpy()
     assert mask.dtype == np.uint8
     assert mask.shape == expected.shape

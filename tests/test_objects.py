@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from classes import CLASS_NAMES, FACTOR_SIZES, factors
 from objects import DROP_PIXELS, follow, table
+from parts import gather, occupied
 
 ID = {name: i for i, name in enumerate(CLASS_NAMES)}
 RED_CUBE, RED_BALL = ID["red rubber cube"], ID["red rubber sphere"]
@@ -34,7 +35,8 @@ class Scene:
         self.evidence[t, rows, columns] = logits(reads, sure)
 
     def follow(self):
-        return follow(self.objects, self.evidence[self.objects].half())
+        cells = F.max_pool2d(self.evidence.movedim(-1, 1), 2, ceil_mode=True)
+        return follow(self.objects, gather(self.objects, cells))
 
     def classes(self, tracks, t, name=1):
         """The classes that one object was given in frame t."""
@@ -220,7 +222,7 @@ def test_a_thousand_frames():
 def test_noise_is_labelled_in_bounded_time():
     generator = torch.Generator().manual_seed(0)
     objects = torch.rand(20, 160, 240, generator=generator) < 0.2
-    evidence = 3 * torch.randn(int(objects.sum()), 13, generator=generator)
+    evidence = 3 * torch.randn(int(occupied(objects).sum()), 13, generator=generator)
     tracks = follow(objects, evidence)
     assert not tracks.labels[~objects].any()
     assert tracks.labels.equal(follow(objects, evidence).labels)
@@ -240,3 +242,11 @@ def test_table_tells_where_each_object_is():
     assert rows[0][4:12] == (64.5, 74.5, 60, 70, 69, 79, 100, False)
     assert rows[2][4:12] == (3.5, 105.5, 0, 100, 7, 111, 96, True)
     assert rows[0].confidence > 0.8 > rows[2].confidence > 0  # cut off, seen once
+
+
+def test_evidence_is_that_of_the_cells_that_hold_an_object():
+    objects = torch.zeros(1, 3, 5, dtype=torch.bool)
+    objects[0, 0, 1] = objects[0, 2, 4] = True  # in the first cell and, cut off, in the last
+    kind = torch.arange(2 * 6.0).view(1, 2, 2, 3)
+    assert occupied(objects)[0].tolist() == [[True, False, False], [False, False, True]]
+    assert gather(objects, kind).tolist() == [[0, 6], [5, 11]]
