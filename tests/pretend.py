@@ -1,4 +1,4 @@
-"""An accelerator that is pretended: tensors of the device "pretend:0", whose bytes lie in CPU memory.
+"""A pretended accelerator: tensors of the device "pretend:0", whose bytes lie in CPU memory.
 
     import pretend
 
@@ -150,7 +150,7 @@ def run(operation: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def _overload(operation: torch._ops.OpOverload, args: tuple) -> Callable:
-    """Return what to call: a number that C++ made a tensor of is a number again, so not `.Tensor`."""
+    """Return what to call: a number that C++ made a tensor of is one again, so not `.Tensor`."""
     for argument, value in zip(operation._schema.arguments, args, strict=False):
         if str(argument.type) == "Tensor" and isinstance(value, (int, float)):
             return operation.overloadpacket

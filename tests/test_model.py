@@ -8,7 +8,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 from classes import NUM_CLASSES, class_id
-from model import DELETED_SWITCHES, Stage, UNet, at_pixels, cell_width, compile_network, middle_ids
+from loss import cell_width, middle_ids
+from model import DELETED_SWITCHES, Stage, UNet, at_pixels, compile_network
 from utils import UserError, save_checkpoint
 
 CONFIGS = {
