@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from classes import FACTOR_SIZES, factors, from_factors
+import loss
+from classes import FACTOR_SIZES, from_factors
 from utils import UserError, load_checkpoint
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
 CONTRAST_CELLS = 5  # each way, that local contrast is relative to: 10 pixels, half an object
-BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
-COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
 DELETED_SWITCHES = {  # of networks of earlier versions, and what they were in the default one
     "in_channels": 3,
     "num_classes": 49,
@@ -102,6 +101,7 @@ class UNet(nn.Module):
             self.heads.append(nn.Conv2d(fine, 1 + NUM_FACTORS, 1))
         # The finest says of every pixel whether there is an object, of its cells what it is.
         self.heads.append(nn.Conv2d(widths[0], FOLD**2 + NUM_FACTORS, 1))
+        self.register_buffer("one_hot", loss.one_hot_factors(), persistent=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "UNet":
@@ -210,24 +210,12 @@ class UNet(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
     def loss(self, stages: list[Stage], mask: Tensor) -> Tensor:
-        """Return the loss (a scalar) of what `stages` says of frames with the ids (B, H, W).
-
-        Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a
-        cross entropy each over object pixels alone, so that the 95 % of background do not drown
-        what the objects are. Coarse stages learn from the pixel at the middle of each cell.
-        """
-        total = torch.zeros((), device=mask.device)
-        for stage in stages[:-1]:
-            total = total + COARSE_WEIGHT * _stage_loss(stage, middle_ids(mask, stage.thing))
-        return total + _stage_loss(stages[-1], mask)
+        """Return the loss (a scalar) of what `stages` says of frames with the ids (B, H, W)."""
+        return loss.loss(stages, mask, self.one_hot)
 
     def frame_losses(self, stages: list[Stage], mask: Tensor) -> Tensor:
         """Return the loss of each frame by itself, (B,); arguments as of `loss`."""
-        losses = []
-        for i in range(len(mask)):
-            alone = [Stage(thing[i : i + 1], kind[i : i + 1]) for thing, kind in stages]
-            losses.append(self.loss(alone, mask[i : i + 1]))
-        return torch.stack(losses)
+        return loss.frame_losses(stages, mask, self.one_hot)
 
     def labels(self, stages: list[Stage]) -> Tensor:
         """Return labels (B, H, W) uint8: the argmax over the 49 logits, without making them."""
@@ -260,47 +248,6 @@ class UNet(nn.Module):
                     setattr(layer, f"conv{n}", conv)
                     setattr(layer, f"norm{n}", nn.Identity())
         return self
-
-
-def _stage_loss(stage: Stage, mask: Tensor) -> Tensor:
-    """Return the loss of one stage against ids (B, h, w), one for each cell of `thing`."""
-    inside = mask > 0
-    loss = BACKGROUND_WEIGHT * F.binary_cross_entropy_with_logits(
-        stage.thing[:, 0].float(), inside.float()
-    )
-    ids = mask[inside].long()
-    if len(ids):
-        logits = at_pixels(stage.kind, inside).float().split(FACTOR_SIZES, dim=1)
-        for answer, truth in zip(logits, factors(ids), strict=True):
-            loss = loss + F.cross_entropy(answer, truth)
-    return loss
-
-
-def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:
-    """Return the ids (B, h, w) at the middle of the cells (B, C, h, w) of a mask (B, H, W)."""
-    width = cell_width(cells, mask)
-    rows, columns = (
-        (width * torch.arange(number, device=mask.device) + width // 2).clamp(max=pixels - 1)
-        for number, pixels in zip(cells.shape[-2:], mask.shape[-2:], strict=True)
-    )
-    return mask[:, rows[:, None], columns]
-
-
-def at_pixels(cells: Tensor, where: Tensor) -> Tensor:
-    """Return (N, C): of cells (B, C, h, w), 2^n pixels wide, those at the N pixels of `where`.
-
-    Args:
-        cells: (B, C, h, w).
-        where: (B, H, W) bool; h and w are H and W over the width of a cell, rounded up.
-    """
-    image, row, column = where.nonzero(as_tuple=True)
-    stride = cell_width(cells, where)
-    return cells.movedim(1, -1)[image, row // stride, column // stride]
-
-
-def cell_width(cells: Tensor, pixels: Tensor) -> int:
-    """Return how many pixels (..., W) wide the square cells (..., w) are, a power of two."""
-    return 2 ** math.ceil(math.log2(pixels.shape[-1] / cells.shape[-1]))
 
 
 def _split_head(head: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:

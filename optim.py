@@ -24,11 +24,11 @@ def learning_rate_at(progress: float, highest: float) -> float:
 def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     """Move the running mean of the weights, which is what is validated and kept, one step on."""
     decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(means, values, 1 - decay)
+    if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
+        torch._foreach_copy_(*zip(*counts, strict=True))
 
 
 class MuonAdamW:
@@ -39,6 +39,10 @@ class MuonAdamW:
     that AdamW's learning rate fits (Liu et al. 2025, https://arxiv.org/abs/2502.16982). As
     torch.optim.Muon, which takes no convolutions, and computes in bfloat16 even where the hardware
     has none: there it takes longer than the network.
+
+    A GPU would take longer to start so many small operations than to do them, so matrices with as
+    many rows are orthogonalised in one stack, and what else there is to do is done to all weights
+    in one call.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,19 +50,24 @@ class MuonAdamW:
         self.filters = [p for p in filters if p.shape[1] > 1]  # one channel makes no matrix
         chosen = {id(p) for p in self.filters}
         rest = [p for p in model.parameters() if id(p) not in chosen]
-        self.adamw = AdamW(rest, weight_decay=WEIGHT_DECAY)
+        self.adamw = AdamW(rest, weight_decay=WEIGHT_DECAY, fused=True)
         self.velocities = [torch.zeros_like(p) for p in self.filters]
+        self.stacks = [Stack(alike) for alike in _with_as_many_rows(self.filters)]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update the weights and clear the gradients."""
-        for weight, velocity in zip(self.filters, self.velocities, strict=True):
-            velocity.lerp_(weight.grad, 1 - MOMENTUM)
-            change = weight.grad.lerp(velocity, MOMENTUM).flatten(1)  # (out, in * 9)
-            scale = 0.2 * max(change.shape) ** 0.5
-            weight.mul_(1 - learning_rate * WEIGHT_DECAY)
-            change = orthogonalise(change).view_as(weight)
-            weight.add_(change.to(weight.dtype), alpha=-learning_rate * scale)
+        gradients = [weight.grad for weight in self.filters]
+        torch._foreach_lerp_(self.velocities, gradients, 1 - MOMENTUM)
+        changes = torch._foreach_lerp(gradients, self.velocities, MOMENTUM)
+        torch._foreach_mul_(self.filters, 1 - learning_rate * WEIGHT_DECAY)
+        change_of = dict(zip(self.filters, changes, strict=True))
+        for stack in self.stacks:
+            orthogonal = stack.orthogonalise([change_of[weight] for weight in stack.filters])
+            for weight, change in zip(stack.filters, orthogonal, strict=True):
+                scale = 0.2 * max(_matrix_shape(weight)) ** 0.5
+                weight.add_(change, alpha=-learning_rate * scale)
+        for weight in self.filters:
             weight.grad = None
         self.adamw.param_groups[0]["lr"] = learning_rate
         self.adamw.step()
@@ -69,19 +78,69 @@ class MuonAdamW:
         return {"adamw": self.adamw.state_dict(), "velocities": self.velocities}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.adamw.load_state_dict(state["adamw"])
+        """Restore what `state_dict` returned, also of a version that did not fuse AdamW."""
+        groups = [group | {"fused": True} for group in state["adamw"]["param_groups"]]
+        self.adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
         for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
             velocity.copy_(saved)
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix near 1, by five Newton-Schulz steps of order 5."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide.to(torch.bfloat16) if has_bfloat16(matrix.device) else wide.clone()
-    x /= x.norm().clamp(min=1e-7)
+class Stack:
+    """Filters that are orthogonalised together, and the memory for it.
+
+    Args:
+        filters: (out, in, 3, 3) each, whose matrices (out, in * 9), lying on their longer side,
+            have as many rows. Those with fewer columns get columns of zeros, which stay zeros.
+    """
+
+    def __init__(self, filters: list[Tensor]):
+        self.filters = filters
+        device, shapes = filters[0].device, [_matrix_shape(weight) for weight in filters]
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+        columns = max(max(shape) for shape in shapes)
+        self.matrices = torch.zeros(
+            len(filters), min(shapes[0]), columns, dtype=dtype, device=device
+        )
+
+    def orthogonalise(self, changes: list[Tensor]) -> list[Tensor]:
+        """Return the orthogonalised matrices of changes of the filters, in the filters' shapes."""
+        for place, change in zip(self._as_filters(self.matrices), changes, strict=True):
+            place.copy_(change)
+        return self._as_filters(orthogonalise(self.matrices))
+
+    def _as_filters(self, matrices: Tensor) -> list[Tensor]:
+        """Return views of the matrices, in the shapes of the filters."""
+        views = []
+        for weight, matrix in zip(self.filters, matrices, strict=True):
+            rows, columns = _matrix_shape(weight)
+            matrix = matrix[:, : max(rows, columns)]
+            matrix = matrix if rows <= columns else matrix.T
+            views.append(matrix.unflatten(1, weight.shape[1:]))
+        return views
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (N, rows, more columns) near 1.
+
+    By five Newton-Schulz steps of order 5.
+    """
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    x = matrices / norms.clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a convolution's weight as a matrix."""
+    return len(weight), weight[0].numel()
+
+
+def _with_as_many_rows(filters: list[Tensor]) -> list[list[Tensor]]:
+    """Return the filters in groups whose matrices have as many rows, on their longer side."""
+    groups: dict[int, list[Tensor]] = {}
+    for weight in filters:
+        groups.setdefault(min(_matrix_shape(weight)), []).append(weight)
+    return list(groups.values())

@@ -8,7 +8,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 from classes import NUM_CLASSES, class_id
-from model import DELETED_SWITCHES, Stage, UNet, at_pixels, cell_width, middle_ids
+from loss import cell_width, middle_ids
+from model import DELETED_SWITCHES, Stage, UNet
 from utils import UserError, compile_network, save_checkpoint
 
 CONFIGS = {
@@ -94,12 +95,11 @@ def test_a_frame_does_not_depend_on_its_batch():
     assert torch.equal(model.predict(frames), alone)
 
 
-def test_cells_at_pixels_by_hand():
-    cells = torch.arange(12.0).view(1, 2, 2, 3)  # two channels of 2 x 3 cells of 4 x 4 pixels
-    where = torch.zeros(1, 7, 10, dtype=torch.bool)
-    where[0, 0, 3] = where[0, 3, 4] = where[0, 6, 9] = True
-    assert cell_width(cells, where) == 4
-    assert at_pixels(cells, where).tolist() == [[0, 6], [1, 7], [5, 11]]
+@pytest.mark.parametrize(
+    ("width", "cells", "pixels"), [(10, 3, 4), (10, 5, 2), (7, 7, 1), (9, 2, 8)]
+)
+def test_cells_are_a_power_of_two_wide(width, cells, pixels):
+    assert cell_width(torch.zeros(1, 1, 1, cells), torch.zeros(1, 1, width)) == pixels
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,7 @@
 """Muon against torch's own, and the orthogonal matrices that it is made of."""
 
+import copy
+
 import pytest
 import torch
 
@@ -24,12 +26,55 @@ def test_muon_is_torch_s(monkeypatch):
         torch.testing.assert_close(layer.weight.flatten(1), flat, rtol=0.02, atol=5e-4)
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one(monkeypatch):
-    monkeypatch.setattr(optim, "has_bfloat16", lambda device: False)
-    for shape in ((8, 72), (64, 18)):
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    for shape in ((3, 8, 72), (1, 18, 64)):
         values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(*shape)))
         assert values.min() > 0.6
         assert values.max() < 1.3
+
+
+def test_filters_that_share_a_stack_move_as_each_alone(monkeypatch):
+    """4 x 45 and 4 x 27; 27 x 27 and, lying on its side, 30 x 27: zeros fill the shorter ones."""
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: False)
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(i, o, 3) for i, o in ((5, 4), (3, 27), (3, 4), (3, 30))]
+    twins = copy.deepcopy(layers)
+    together = optim.MuonAdamW(torch.nn.Sequential(*layers))
+    alone = [optim.MuonAdamW(layer) for layer in twins]
+    assert [len(stack.filters) for stack in together.stacks] == [2, 2]
+    for _ in range(2):
+        for layer, twin in zip(layers, twins, strict=True):
+            for weight, other in zip(layer.parameters(), twin.parameters(), strict=True):
+                weight.grad = torch.randn_like(weight)
+                other.grad = weight.grad.clone()
+        for optimizer in (together, *alone):
+            optimizer.step(0.01)
+    for layer, twin in zip(layers, twins, strict=True):
+        torch.testing.assert_close(layer.weight, twin.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_of_a_version_that_did_not_fuse_loads():
+    """Its AdamW counted steps on the CPU and had fused=None."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 2))
+
+    def step(optimizer: optim.MuonAdamW) -> list[torch.Tensor]:
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step(0.01)
+        return [weight.detach().clone() for weight in model.parameters()]
+
+    optimizer = optim.MuonAdamW(model)
+    step(optimizer)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = step(optimizer)
+    state["adamw"]["param_groups"][0]["fused"] = None
+    model.load_state_dict(before)
+    restored = optim.MuonAdamW(model)
+    restored.load_state_dict(state)
+    assert restored.adamw.param_groups[0]["fused"]
+    for found, wanted in zip(step(restored), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():

@@ -1,0 +1,103 @@
+"""The loss of fixed shapes against the plain one, which picks out the object pixels."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from classes import FACTOR_SIZES, NUM_CLASSES, factors
+from loss import (
+    BACKGROUND_WEIGHT,
+    COARSE_WEIGHT,
+    cell_width,
+    frame_losses,
+    loss,
+    middle_ids,
+    one_hot_factors,
+)
+
+SIZES = [(64, 96), (37, 53), (16, 16)]
+
+
+def plain_loss(stages: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
+    """The definition, pixel by pixel."""
+    total = torch.zeros(())
+    for i, (thing, kind) in enumerate(stages):
+        finest = i == len(stages) - 1
+        ids = mask if finest else middle_ids(mask, thing)
+        inside = ids > 0
+        part = F.binary_cross_entropy_with_logits(thing[:, 0].float(), inside.float())
+        part = part * BACKGROUND_WEIGHT
+        if inside.any():
+            logits = at_pixels(kind, inside).float().split(FACTOR_SIZES, dim=1)
+            for answer, truth in zip(logits, factors(ids[inside].long()), strict=True):
+                part = part + F.cross_entropy(answer, truth)
+        total = total + (1 if finest else COARSE_WEIGHT) * part
+    return total
+
+
+def at_pixels(cells: Tensor, where: Tensor) -> Tensor:
+    """Return (N, C): of cells (B, C, h, w) those at the N pixels of `where` (B, H, W)."""
+    image, row, column = where.nonzero(as_tuple=True)
+    width = cell_width(cells, where)
+    return cells.movedim(1, -1)[image, row // width, column // width]
+
+
+def answers(size: tuple[int, int], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    """Two coarse stages and a fine one, whose kinds are of cells of 2 x 2 pixels."""
+    cells = [(-(-size[0] // w), -(-size[1] // w)) for w in (8, 4, 2)]
+    things = [*cells[:2], size]
+    return [
+        (
+            (scale * torch.randn(3, 1, *thing)).requires_grad_(),
+            (scale * torch.randn(3, 13, *cell)).requires_grad_(),
+        )
+        for thing, cell in zip(things, cells, strict=True)
+    ]
+
+
+def masks(size: tuple[int, int]) -> Tensor:
+    """Ids (3, H, W): a frame full of objects, one with a few, one with none."""
+    mask = torch.randint(0, NUM_CLASSES, (3, *size), dtype=torch.uint8)
+    mask[1, 5:] = 0
+    mask[2] = 0
+    return mask
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_the_plain_one_and_so_are_its_gradients(size, scale):
+    torch.manual_seed(0)
+    stages, mask = answers(size, scale), masks(size)
+    leaves = [part for stage in stages for part in stage]
+    found, expected = loss(stages, mask, one_hot_factors()), plain_loss(stages, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frames_have_the_loss_of_each_alone(size):
+    torch.manual_seed(1)
+    stages, mask = answers(size), masks(size)
+    found = frame_losses(stages, mask, one_hot_factors())
+    alone = [
+        plain_loss([(thing[i : i + 1], kind[i : i + 1]) for thing, kind in stages], mask[i : i + 1])
+        for i in range(len(mask))
+    ]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-6, atol=0)
+
+
+def test_without_an_object_what_it_is_teaches_nothing():
+    stages, mask = answers((16, 16)), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    loss(stages, mask, one_hot_factors()).backward()
+    for thing, kind in stages:
+        assert not kind.grad.any()
+        assert thing.grad.isfinite().all()
+
+
+def test_what_an_id_is_by_hand():
+    assert one_hot_factors()[29].nonzero().flatten().tolist() == [1, 3 + 1, 5 + 4]  # brown ...
+    assert not one_hot_factors()[0].any()
