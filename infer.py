@@ -17,6 +17,7 @@ by itself.
 import argparse
 import csv
 import io
+import math
 import sys
 import time
 from collections import deque
@@ -131,7 +132,9 @@ def label(
             answer = model.evidence(stages) if consistency else (model.labels(stages),)
         answer = [part.to("cpu", non_blocking=True) for part in answer]
         if device.type != "cpu":  # this lane waits, while others launch
-            torch.Event(device).record().synchronize()
+            arrived = torch.Event(device)
+            arrived.record()
+            arrived.synchronize()
         found.append(answer[0])
         if consistency:
             evidence.append(gather(*answer))
@@ -160,6 +163,14 @@ def save(target: Path, tracks: Tracks, with_table: bool) -> None:
         ) from None
 
 
+def share_out(targets: dict[Path, Path], processes: Processes) -> dict[Path, Path]:
+    """Return this process's share of the first process's targets."""
+    shared = [list(targets.items())]
+    if processes.count > 1:
+        torch.distributed.broadcast_object_list(shared, src=0, device=processes.device)
+    return dict(shared[0][processes.rank :: processes.count])
+
+
 def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
     """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
     with ThreadPoolExecutor(lanes) as pool:
@@ -177,18 +188,19 @@ def default_workers(device: torch.device) -> int:
 
     A GPU labels faster than many can decode; on a CPU each lane decodes what it labels.
     """
-    return min(MAX_WORKERS, usable_cpus()) if device.type == "cuda" else 0
+    return min(MAX_WORKERS, usable_cpus()) if device.type != "cpu" else 0
 
 
-def lanes_for(device: torch.device, threads: int) -> int:
-    """Return how many videos are labelled at once.
+def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
+    """Return how many videos are labelled at once, and with how many threads each.
 
     On a CPU each core has its own, which loses less than sharing one, and there is one more, so
     that no core is idle while a mask is flushed to the disk.
     """
     if device.type == "cpu":
-        return min(MAX_LANES, threads) + 1
-    return GPU_LANES if device.type == "cuda" else 1
+        share = math.ceil(threads / MAX_LANES)
+        return threads // share + 1, share
+    return (1 if device.type == "mps" else GPU_LANES), 1  # Apple's bears one thread
 
 
 def label_videos(
@@ -210,8 +222,9 @@ def label_videos(
     dataset = CLEVRDataset(list(targets), labelled=False)
     videos = WholeVideos(dataset)
     batches, read = list(fill_batches(np.bincount(dataset.index[:, 0]), batch_size)), videos.read
-    if workers or device.type == "cuda":  # other processes read ahead
-        batches, read = videos.loader(batches, workers, pin=device.type == "cuda"), list
+    if workers or device.type != "cpu":  # other processes read ahead
+        pin = device.type not in ("cpu", "mps")
+        batches, read = videos.loader(batches, workers, pin), list
 
     def job(batch: Any) -> tuple[int, int, list[str]]:
         """Read, label and write a few videos."""
@@ -225,8 +238,8 @@ def label_videos(
         return len(whole), sum(len(f) for _, f in whole), [fault for *_, fault in items if fault]
 
     threads = torch.get_num_threads()
-    lanes = lanes_for(device, threads)
-    torch.set_num_threads(max(1, threads // lanes))  # of this thread and of those to come
+    lanes, share = lanes_for(device, threads)
+    torch.set_num_threads(share)  # of this thread and of those to come
     done, frames, faults = 0, 0, []
     try:
         with tqdm(total=len(dataset), unit="frame", disable=None) as progress:  # none in a log file
@@ -250,13 +263,15 @@ def main() -> int:
     checkpoint = load_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     model = make_ready(model, device, args.batch_size, args.compile)
-    targets = plan(find_data(args.data, checkpoint, args.ckpt), args.out)
-    targets = dict(list(targets.items())[processes.rank :: processes.count])
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        found = len(targets)
-        targets = unfinished(targets, args.objects)
-        print(f"{found - len(targets)} of {found} videos have their masks already")
+    targets: dict[Path, Path] = {}
+    if processes.first:  # what is done is left out before the rest is shared
+        targets = plan(find_data(args.data, checkpoint, args.ckpt), args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            found = len(targets)
+            targets = unfinished(targets, args.objects)
+            print(f"{found - len(targets)} of {found} videos have their masks already")
+    targets = share_out(targets, processes)
     workers = default_workers(device) if args.workers is None else args.workers
     start = time.perf_counter()
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 from conftest import run as run_alone
+from conftest import write_video as write_frames
 from PIL import Image
 
 import infer
@@ -23,6 +25,7 @@ from dataset import fill_batches
 from model import UNet
 from objects import follow
 from parts import gather
+from render import render_video
 from utils import mixed_precision, save_checkpoint
 
 SCRIPT = ROOT / "infer.py"
@@ -327,6 +330,91 @@ def test_processes_share_out_the_videos(run, tmp_path, data, ckpt, processes):
     one, many = masks_below(tmp_path / "one"), masks_below(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(np.array_equal(one[name], many[name]) for name in one)
+
+
+def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
+    """Two of three processes would have nothing to do if what is done were shared out too."""
+    arguments = ("--ckpt", ckpt, "--out", tmp_path / "out")
+    assert run(*arguments)[0] == 0
+    expected = masks_below(tmp_path / "out")
+    (tmp_path / "out/a/video_10/mask.npy").unlink()
+    options = ("--device", "cpu", "--workers", "0", "--resume")
+    done = run_alone("infer.py", *arguments, *options, launcher=torchrun(3))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 of 3 videos have their masks already") == 1
+    assert "1 videos, 11 frames in " in done.stdout
+    again = masks_below(tmp_path / "out")
+    assert all(np.array_equal(again[name], expected[name]) for name in expected)
+
+
+PRETEND = """
+import sys, json, numpy, torch
+sys.path[:0] = sys.argv[1:3]
+import pretend
+pretend.install()
+import infer
+from model import UNet
+from utils import load_checkpoint
+from videos import find_videos, read_video
+frames = read_video(find_videos(sys.argv[4])[0])
+labels, device = [], torch.device("pretend")
+for precision in (False, True):
+    infer.has_bfloat16 = lambda device: precision
+    for where in (torch.device("cpu"), device):
+        model = infer.make_ready(UNet.load(sys.argv[3]), where, 8, False)
+        pretend.reset()
+        (tracks,) = infer.label(model, [frames], where, 22, True)
+        labels.append(tracks.labels)
+    assert labels[-1].any() and torch.equal(*labels[-2:])
+kernels, waits, copies = pretend.counts()
+print(json.dumps([sum(kernels.values()), waits, copies]))
+"""
+
+
+def test_a_video_on_a_pretended_gpu_waits_once_and_for_its_own_labels(tmp_path):
+    """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
+    frames, _ = render_video(5, (4, 6), num_frames=8)
+    write_frames(tmp_path / "video_0", frames)
+    (tmp_path / "pretended.py").write_text(PRETEND)
+    paths = (ROOT, ROOT / "tests", ROOT / "weights/clevr_unet.pt", tmp_path)
+    done = run_alone(tmp_path / "pretended.py", *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels, waits, copies = json.loads(done.stdout.splitlines()[-1])
+    assert kernels <= 100
+    assert waits == {"synchronize": 1}
+    assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 2}
+
+
+def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
+    """Loader, lanes and writers included; a result read before its copy came would be rubbish."""
+    (tmp_path / "pretended.py").write_text(
+        "import runpy, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import pretend\npretend.install()\n"
+        "runpy.run_path(sys.path[0] + '/infer.py', run_name='__main__')\n"
+    )
+    options = ("--device", "pretend", "--workers", 2, "--ckpt", ckpt, "--out", tmp_path / "gpu")
+    done = run_alone(tmp_path / "pretended.py", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run("--ckpt", ckpt, "--out", tmp_path / "cpu")[0] == 0
+    gpu, cpu = masks_below(tmp_path / "gpu"), masks_below(tmp_path / "cpu")
+    assert gpu.keys() == cpu.keys()
+    assert all((gpu[name] == cpu[name]).mean() > 0.99 for name in cpu)
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "lanes"),
+    [
+        ("cpu", 1, (2, 1)),
+        ("cpu", 2, (3, 1)),
+        ("cpu", 16, (17, 1)),
+        ("cpu", 31, (16, 2)),
+        ("cuda", 8, (4, 1)),
+        ("mps", 8, (1, 1)),
+    ],
+)
+def test_no_core_is_idle_and_apple_has_one_lane(device, threads, lanes):
+    assert infer.lanes_for(torch.device(device), threads) == lanes
 
 
 def test_processes_that_decode_ahead_change_nothing(call, run, tmp_path, data, ckpt):
