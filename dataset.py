@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.tv_tensors import Image, Mask
 
-from utils import Processes, UserError, run_script
+from utils import Processes, UserError, run_script, worker_start
 from videos import (
     find_labelled,
     find_videos,
@@ -266,7 +266,12 @@ class WholeVideos(Dataset):
     def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
         """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
         return DataLoader(
-            self, batch_sampler=batches, num_workers=workers, collate_fn=list, pin_memory=pin
+            self,
+            batch_sampler=batches,
+            num_workers=workers,
+            multiprocessing_context=worker_start(workers),
+            collate_fn=list,
+            pin_memory=pin,
         )
 
 

@@ -310,7 +310,10 @@ def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: boo
         model = model.bfloat16()
     if compiled:
         size = (batch_size, 3, *FRAME_SIZE)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(lanes_for(device, threads)[1])  # for another number it is made anew
         compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
+        torch.set_num_threads(threads)
     return model
 
 

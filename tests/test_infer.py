@@ -417,6 +417,7 @@ def test_no_core_is_idle_and_apple_has_one_lane(device, threads, lanes):
     assert infer.lanes_for(torch.device(device), threads) == lanes
 
 
+@pytest.mark.filterwarnings("error:.*fork.*")  # of a process with threads
 def test_processes_that_decode_ahead_change_nothing(call, run, tmp_path, data, ckpt):
     (data / "a/video_10/image_3.png").write_bytes(b"no picture")
     arguments = ("--ckpt", ckpt, "--device", "cpu", "--out")
@@ -468,6 +469,17 @@ def test_objects_need_to_be_followed(run, tmp_path, ckpt):
     status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", *options)
     assert status == 2
     assert "--no-consistency" in err
+
+
+def test_the_network_is_compiled_for_the_threads_of_a_lane(monkeypatch, network):
+    seen = []
+    monkeypatch.setattr(infer, "compile_network", lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(4)
+    try:
+        infer.make_ready(copy.deepcopy(network), torch.device("cpu"), 2, compiled=True)
+        assert (seen, torch.get_num_threads()) == ([1], 4)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_short_videos_fill_a_batch_and_none_is_torn():
