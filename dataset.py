@@ -100,7 +100,7 @@ class CLEVRDataset(Dataset):
             raise UserError(
                 f"{where or 'an empty list'}: no {what}, see what python dataset.py says."
             )
-        lengths = [len(names) for names in self._names]
+        lengths = list(map(len, self._names))
         pairs = [np.arange(n) for n in lengths]
         # (N, 2): the position in `videos` and the frame within that video, for each item
         self.index = np.stack([np.repeat(np.arange(len(pairs)), lengths), np.concatenate(pairs)], 1)

@@ -1,0 +1,29 @@
+"""The README's Python, run as it stands there."""
+
+import re
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT, make_video
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_python_of_the_readme_runs(tmp_path):
+    make_video(tmp_path / "path/train/video_0", frames=2, size=(32, 48))
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    torch.save(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8), tmp_path / "frames.pt")
+    start = (
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
+    )
+    assert len(BLOCKS) == 3
+    code = (
+        start
+        + "\n".join(BLOCKS)
+        + "\nassert loss.isfinite() and tracks.labels.shape == (2, 32, 48)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
