@@ -227,9 +227,7 @@ class ShardedBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         whole, rest = divmod(self.frames, self.batch_size)
-        if self.shuffle:
-            return max(1, whole)
-        return whole + (self.processes.rank < rest)
+        return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = range(self.frames)
