@@ -257,26 +257,6 @@ def test_a_large_number_is_no_endless_list_of_gaps(tmp_path):
     assert "image_1.png, image_2.png, image_3.png, ..." in inspect_video(video).faults[0]
 
 
-def test_a_list_names_what_is_no_labelled_video(data, tmp_path):
-    bare = make_video(tmp_path / "bare", labelled=False)
-    data_set = CLEVRDataset([data / "video0", bare, tmp_path / "nowhere"])
-    assert data_set.videos == [data / "video0"]
-    assert "no mask.npy" in data_set.skipped[bare]
-    assert "cannot be read" in data_set.skipped[tmp_path / "nowhere"]
-
-
-def test_nothing_usable_is_an_error_and_not_an_empty_data_set(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        CLEVRDataset(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no video"):
-        CLEVRDataset(tmp_path)
-    make_video(tmp_path / "video_1", labelled=False)
-    with pytest.raises(UserError, match=r"mask\.npy"):
-        CLEVRDataset(tmp_path)
-    with pytest.raises(UserError):
-        CLEVRDataset([])
-
-
 # The report
 
 
