@@ -20,6 +20,15 @@ def learning_rate_at(progress: float, highest: float) -> float:
     return highest * min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM))
 
 
+def scaled_rate(learning_rate: float, batch_size: int) -> float:
+    """Return the learning rate for a batch, given that for 16 frames: it grows with the root.
+
+    As for AdamW (Malladi et al. 2022, https://arxiv.org/abs/2205.10287), but to twice at most: no
+    batch as large as that has been tried here.
+    """
+    return learning_rate * min(2.0, max(1.0, batch_size / 16) ** 0.5)
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     """Move the running mean of the weights, which is what is validated and kept, one step on."""
