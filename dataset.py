@@ -217,13 +217,17 @@ class ShardedBatches(Sampler[list[int]]):
             the only one; else in order, every frame exactly once, and a process that has no share
             of the last batch ends one batch earlier.
         seed: Of the order.
+
+    Attributes:
+        epoch: Which one is next.
+        done: How many of its batches to leave out, since a run that was stopped has had them.
     """
 
     def __init__(
         self, frames: int, batch_size: int, processes: Processes, shuffle: bool, seed: int = 0
     ):
         self.frames, self.batch_size, self.processes = frames, batch_size, processes
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.done = shuffle, seed, 0, 0
 
     def __len__(self) -> int:
         whole, rest = divmod(self.frames, self.batch_size)
@@ -234,7 +238,9 @@ class ShardedBatches(Sampler[list[int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
             order = torch.randperm(self.frames, generator=generator).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(
+            self.done * self.batch_size, len(self) * self.batch_size, self.batch_size
+        ):
             batch = order[start : start + self.batch_size]
             yield batch[self.processes.rank :: self.processes.count]
 

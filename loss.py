@@ -57,36 +57,49 @@ def _sums(stages: Stages, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor
     """Return what both losses are made of, for each stage and frame, (stages, B) each.
 
     They are the mean cross entropy of `thing`, the sum of those of `kind` over object pixels, and
-    the number of these.
+    the number of these. The cells of all stages go through in one row: few, large operations.
     """
-    ids = [*(middle_ids(mask, thing) for thing, _ in stages[:-1]), mask]
-    sums = [_stage_sums(*stage, truth, one_hot) for stage, truth in zip(stages, ids, strict=True)]
-    thing, kind, objects = (torch.stack(parts) for parts in zip(*sums, strict=True))
-    return thing, kind, objects
+    masks = [*(middle_ids(mask, thing) for thing, _ in stages[:-1]), mask]
+    thing = _in_a_row([thing[:, 0] for thing, _ in stages], dim=1)  # (B, all cells)
+    inside = _in_a_row(masks, dim=1) > 0
+    thing = F.softplus(torch.where(inside, -thing.float(), thing.float()))
+
+    kinds = [kind for _, kind in stages]
+    counts = _count_factors(masks, kinds, one_hot)  # (B, 13, all cells of kind)
+    logits = _in_a_row(kinds, dim=2).float().split(FACTOR_SIZES, dim=1)
+    # All pixels of a cell share its logits: its cross entropy is the log-probability of each
+    # factor times the number of its pixels that have it.
+    log_likelihood = torch.cat([F.log_softmax(factor, dim=1) for factor in logits], dim=1)
+    kind = -(log_likelihood * counts).sum(dim=1)
+    objects = counts[:, : FACTOR_SIZES[0]].sum(dim=1)
+
+    cells, things = [[x[0, 0].numel() for x in xs] for xs in (kinds, [t for t, _ in stages])]
+    return (
+        torch.stack([part.mean(dim=1) for part in thing.split(things, dim=1)]),
+        torch.stack([part.sum(dim=1) for part in kind.split(cells, dim=1)]),
+        torch.stack([part.sum(dim=1) for part in objects.split(cells, dim=1)]),
+    )
 
 
-def _stage_sums(thing: Tensor, kind: Tensor, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, ...]:
-    """Return `_sums` of one stage, (B,) each, for ids (B, h, w) of the cells of `thing`.
-
-    All pixels of a cell of `kind` share its logits: its cross entropy is the log-probability of
-    each factor times the number of its pixels that have it.
-    """
-    thing = thing[:, 0].float()
-    thing = F.softplus(torch.where(mask > 0, -thing, thing)).mean(dim=(1, 2))
-    counts = _count_factors(mask, kind, one_hot)  # (B, 13, h, w)
-    pairs = zip(*(x.split(FACTOR_SIZES, dim=1) for x in (kind.float(), counts)), strict=True)
-    log_likelihood = sum((F.log_softmax(x, dim=1) * n).sum(dim=(1, 2, 3)) for x, n in pairs)
-    return thing, -log_likelihood, counts[:, : FACTOR_SIZES[0]].sum(dim=(1, 2, 3))
+def _in_a_row(parts: list[Tensor], dim: int) -> Tensor:
+    """Return the last two dimensions (h, w) of all parts, flat and one after the other."""
+    return torch.cat([part.flatten(-2) for part in parts], dim)
 
 
-def _count_factors(mask: Tensor, cells: Tensor, one_hot: Tensor) -> Tensor:
-    """Return how many pixels of each cell have which shape, material and colour, (B, 13, h, w)."""
-    batch, (height, width), pixels = len(mask), cells.shape[-2:], cell_width(cells, mask)
-    below, right = height * pixels - mask.shape[1], width * pixels - mask.shape[2]
-    mask = F.pad(mask, (0, right, 0, below)) if below or right else mask  # with background
-    ids = mask.int().view(batch, height, pixels, width, pixels).transpose(2, 3)
-    counts = F.embedding_bag(ids.reshape(-1, pixels**2), one_hot, mode="sum")  # (B * h * w, 13)
-    return counts.view(batch, height, width, -1).movedim(3, 1).contiguous()
+def _count_factors(masks: list[Tensor], kinds: list[Tensor], one_hot: Tensor) -> Tensor:
+    """Return how many pixels of each cell have which shape, material and colour, (B, 13, cells)."""
+    widths = [cell_width(kind, mask) for kind, mask in zip(kinds, masks, strict=True)]
+    rows = []
+    for mask, kind, width in zip(masks, kinds, widths, strict=True):
+        batch, (rows_of_cells, columns) = len(mask), kind.shape[-2:]
+        below, right = rows_of_cells * width - mask.shape[1], columns * width - mask.shape[2]
+        mask = F.pad(mask, (0, right, 0, below)) if below or right else mask  # with background
+        ids = mask.reshape(batch, rows_of_cells, width, columns, width).transpose(2, 3)
+        ids = ids.reshape(batch, rows_of_cells * columns, width**2)
+        rows.append(F.pad(ids, (0, max(widths) ** 2 - width**2)))
+    ids = torch.cat(rows, dim=1)  # (B, cells, pixels of a cell)
+    counts = F.embedding_bag(ids.flatten(0, 1).int(), one_hot, mode="sum")  # background is none
+    return counts.view(*ids.shape[:2], -1).mT.contiguous()
 
 
 def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:

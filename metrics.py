@@ -27,8 +27,9 @@ def confusion_matrix(truth: Tensor, pred: Tensor) -> Tensor:
     """
     if truth.shape != pred.shape:
         raise ValueError(f"truth is {tuple(truth.shape)}, prediction {tuple(pred.shape)}")
-    pairs = NUM_CLASSES * truth.flatten().short() + pred.flatten().short()  # at most 2400
-    counts = torch.bincount(pairs, minlength=NUM_CLASSES**2)
+    pairs = NUM_CLASSES * truth.flatten().int() + pred.flatten().int()  # at most 2400
+    counts = torch.zeros(NUM_CLASSES**2, dtype=torch.int64, device=pairs.device)
+    counts.index_add_(0, pairs, counts.new_ones(()).expand(len(pairs)))  # bincount waits for a GPU
     return counts.view(NUM_CLASSES, NUM_CLASSES)
 
 

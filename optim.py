@@ -20,6 +20,15 @@ def learning_rate_at(progress: float, highest: float) -> float:
     return highest * min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM))
 
 
+def scaled_rate(learning_rate: float, batch_size: int) -> float:
+    """Return the learning rate for a batch, given that for 16 frames: it grows with the root.
+
+    As for AdamW (Malladi et al. 2022, https://arxiv.org/abs/2205.10287), but to twice at most: no
+    batch as large as that has been tried here.
+    """
+    return learning_rate * min(2.0, max(1.0, batch_size / 16) ** 0.5)
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     """Move the running mean of the weights, which is what is validated and kept, one step on."""
@@ -40,9 +49,9 @@ class MuonAdamW:
     torch.optim.Muon, which takes no convolutions, and computes in bfloat16 even where the hardware
     has none: there it takes longer than the network.
 
-    A GPU would take longer to start so many small operations than to do them, so matrices with as
-    many rows are orthogonalised in one stack, and what else there is to do is done to all weights
-    in one call.
+    A GPU would take longer to start so many small operations than to do them: there all matrices
+    are orthogonalised in one stack, on a CPU those with as many rows, and what else there is to
+    do is done to all weights in one call.
     """
 
     def __init__(self, model: nn.Module):
@@ -52,7 +61,7 @@ class MuonAdamW:
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.adamw = AdamW(rest, weight_decay=WEIGHT_DECAY, fused=True)
         self.velocities = [torch.zeros_like(p) for p in self.filters]
-        self.stacks = [Stack(alike) for alike in _with_as_many_rows(self.filters)]
+        self.stacks = [Stack(group) for group in _groups(self.filters)]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -89,18 +98,16 @@ class Stack:
     """Filters that are orthogonalised together, and the memory for it.
 
     Args:
-        filters: (out, in, 3, 3) each, whose matrices (out, in * 9), lying on their longer side,
-            have as many rows. Those with fewer columns get columns of zeros, which stay zeros.
+        filters: (out, in, 3, 3) each. Their matrices (out, in * 9) lie on their longer side;
+            smaller ones are filled with zeros, which stay zeros.
     """
 
     def __init__(self, filters: list[Tensor]):
         self.filters = filters
         device, shapes = filters[0].device, [_matrix_shape(weight) for weight in filters]
         dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
-        columns = max(max(shape) for shape in shapes)
-        self.matrices = torch.zeros(
-            len(filters), min(shapes[0]), columns, dtype=dtype, device=device
-        )
+        rows, columns = (max(side(shape) for shape in shapes) for side in (min, max))
+        self.matrices = torch.zeros(len(filters), rows, columns, dtype=dtype, device=device)
 
     def orthogonalise(self, changes: list[Tensor]) -> list[Tensor]:
         """Return the orthogonalised matrices of changes of the filters, in the filters' shapes."""
@@ -113,7 +120,7 @@ class Stack:
         views = []
         for weight, matrix in zip(self.filters, matrices, strict=True):
             rows, columns = _matrix_shape(weight)
-            matrix = matrix[:, : max(rows, columns)]
+            matrix = matrix[: min(rows, columns), : max(rows, columns)]
             matrix = matrix if rows <= columns else matrix.T
             views.append(matrix.unflatten(1, weight.shape[1:]))
         return views
@@ -138,9 +145,10 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int]:
     return len(weight), weight[0].numel()
 
 
-def _with_as_many_rows(filters: list[Tensor]) -> list[list[Tensor]]:
-    """Return the filters in groups whose matrices have as many rows, on their longer side."""
+def _groups(filters: list[Tensor]) -> list[list[Tensor]]:
+    """Return the filters that share a stack: all, on a CPU those whose matrices are as high."""
     groups: dict[int, list[Tensor]] = {}
     for weight in filters:
-        groups.setdefault(min(_matrix_shape(weight)), []).append(weight)
+        height = min(_matrix_shape(weight)) if weight.device.type == "cpu" else 0
+        groups.setdefault(height, []).append(weight)
     return list(groups.values())

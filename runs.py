@@ -1,17 +1,69 @@
-"""A run of training: what it changes, and how that is saved and restored."""
+"""A run of training: what it changes, how that is saved and restored, and how it is stopped."""
 
 import copy
-from dataclasses import dataclass
+import math
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from model import UNet
 from optim import MuonAdamW
-from utils import UserError, load_checkpoint, save_checkpoint
+from utils import Processes, Stopped, UserError, load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 5  # epochs
+SAVE_EVERY = 300  # seconds between saves within an epoch
+AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
+LAST = "Unet_checkpoint_last.pt"
+SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
+SAVE = 1  # what a process may wish for: to save, or the number of a signal, all of which are above
+
+
+@dataclass
+class MeanLoss:
+    """The mean loss of the steps of an epoch; the host waits for the device in `look` alone."""
+
+    processes: Processes | None = None  # over which a step's loss is averaged; None: this alone
+    total: float = 0.0  # of the steps that were looked at
+    steps: int = 0
+    unseen: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Tensor) -> None:
+        """Take the loss of a step, whenever it will have been computed."""
+        self.unseen.append(loss.detach())
+
+    def look(self) -> float:
+        """Return the loss of the latest step. Raises UserError: one was not finite, of any process.
+
+        All processes look after the same steps. The sum does not depend on which these are.
+        """
+        if not self.unseen:
+            return math.nan
+        losses = torch.stack(self.unseen).cpu().double()  # no float64 on Apple's GPUs
+        self.unseen.clear()
+        if self.processes and self.processes.count > 1:
+            self.processes.add_up(losses)
+            losses /= self.processes.count
+        for loss in losses.tolist():
+            if not math.isfinite(loss):
+                raise UserError("the loss is no longer finite: lower --learning-rate")
+            self.total += loss
+            self.steps += 1
+        return loss
+
+    def mean(self) -> float:
+        """Look, return the mean since it was last asked for, and begin anew."""
+        self.look()
+        mean = self.total / max(1, self.steps)
+        self.total, self.steps = 0.0, 0
+        return mean
 
 
 @dataclass
@@ -23,7 +75,10 @@ class Run:
     optimizer: MuonAdamW
     epoch: int = 0  # completed
     step: int = 0  # completed
+    done: int = 0  # steps of the epoch that has begun
     best: float = -1.0  # weighted IoU
+    loss: MeanLoss = field(default_factory=MeanLoss)
+    facts: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint says
 
     @classmethod
     def start(cls, model: nn.Module) -> "Run":
@@ -31,8 +86,12 @@ class Run:
         average = copy.deepcopy(model).requires_grad_(False)
         return cls(model, average, MuonAdamW(model))
 
-    def resume(self, path: Path) -> None:
-        """Go on from a `Unet_checkpoint_last.pt`. Raises UserError: it is of another network."""
+    def resume(self, path: Path, batch_size: int) -> None:
+        """Go on from a `Unet_checkpoint_last.pt`, in the midst of an epoch if it was saved there.
+
+        Raises:
+            UserError: it is of another network.
+        """
         checkpoint = load_checkpoint(path)
         if "training" not in checkpoint:
             raise UserError(f"{path} holds no state to go on from: give another --out")
@@ -43,27 +102,118 @@ class Run:
         self.average.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.best = checkpoint["epoch"], state.get("best", -1.0)
+        self.facts |= {name: checkpoint[name] for name in SCORES if name in checkpoint}
+        self.done = state.get("frames", 0) // batch_size
+        self.loss.total, self.loss.steps = state.get("loss", (0.0, 0))
 
-    def save(self, out: Path, facts: dict[str, Any], last_epoch: int) -> None:
-        """Write the checkpoints of the epoch that has just been validated.
+    def save(self, out: Path, figures: dict[str, Any], last_epoch: int, batch_size: int) -> None:
+        """Write the checkpoints of the epoch that has just been validated with these `figures`.
 
-        The best is chosen by `facts["weighted_iou"]`: mIoU jumps by a whole class with one pixel.
+        The best is chosen by weighted IoU: mIoU jumps by a whole class with one stray pixel.
         """
-        improved = facts["weighted_iou"] > self.best
-        self.best = max(self.best, facts["weighted_iou"])
-        checkpoint = {
-            "model": self.average.state_dict(),
-            "model_config": self.model.config,
-            "epoch": self.epoch,
-            **facts,
-        }
+        self.facts |= {name: figures[name] or 0.0 for name in SCORES}
+        improved = self.facts["weighted_iou"] > self.best
+        self.best = max(self.best, self.facts["weighted_iou"])
         if self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch:
-            save_checkpoint(out / f"Unet_checkpoint_epoch_{self.epoch}.pt", checkpoint)
+            save_checkpoint(out / f"Unet_checkpoint_epoch_{self.epoch}.pt", self._checkpoint())
         if improved:
-            save_checkpoint(out / "Unet_checkpoint_best.pt", checkpoint)
-        checkpoint["training"] = {
+            save_checkpoint(out / "Unet_checkpoint_best.pt", self._checkpoint())
+        self.save_last(out, batch_size)
+
+    def save_last(self, out: Path, batch_size: int) -> None:
+        """Write what `resume` goes on from."""
+        training = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
+            "frames": self.done * batch_size,  # of the epoch that has begun
+            "loss": [self.loss.total, self.loss.steps],
         }
-        save_checkpoint(out / "Unet_checkpoint_last.pt", checkpoint)
+        save_checkpoint(out / LAST, self._checkpoint() | {"training": training})
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return {
+            "model": self.average.state_dict(),
+            "model_config": self.model.config,
+            "epoch": self.epoch,
+            **self.facts,
+        }
+
+
+class Keeper:
+    """Saves a run within an epoch: every few minutes, and when it is told to stop.
+
+    SIGTERM and Ctrl-C end the step first, a second one of them ends a single process at once.
+
+        with Keeper(run, out, batch_size, processes) as keeper:
+            ...  # a step
+            keeper.attend()
+
+    Several processes stop after the same step: whoever got the signal, they ask each other.
+    """
+
+    def __init__(self, run: Run, out: Path, batch_size: int, processes: Processes):
+        self.run, self.out, self.batch_size, self.processes = run, out, batch_size, processes
+        self.signal, self.saved = 0, time.monotonic()
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "Keeper":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if self.processes.count == 1:  # torchrun passes a Ctrl-C on that a process has had already
+            self._restore()
+
+    def attend(self) -> None:
+        """Do after a step what is wished for. Raises Stopped: the state is saved."""
+        if self.processes.count == 1 or self.run.step % AGREE_EVERY == 0:
+            self.obey(max(self.processes.gather(self._wish())))
+
+    def attend_epoch(self) -> None:
+        """Stop after an epoch that has just been saved, if told to. Raises Stopped."""
+        self.saved = time.monotonic()
+        if number := max(self.processes.gather(self.signal)):
+            raise self._stopped(number)
+
+    def attend_validation(self) -> None:
+        """Stop while a single process validates; several end that first. Raises Stopped."""
+        if self.processes.count == 1 and self.signal:
+            self.obey(self.signal)
+
+    def _wish(self) -> int:
+        due = self.processes.first and time.monotonic() - self.saved > SAVE_EVERY
+        return self.signal or (SAVE if due else 0)
+
+    def obey(self, wish: int) -> None:
+        """Save, and raise Stopped if the wish is a signal; every process with the same wish."""
+        if not wish:
+            return
+        self.run.loss.look()
+        if self.processes.first:
+            self.run.save_last(self.out, self.batch_size)
+        self.saved = time.monotonic()
+        if wish != SAVE:
+            raise self._stopped(wish)
+
+    def _stopped(self, number: int) -> Stopped:
+        if not self.processes.first:
+            return Stopped("", number)
+        launcher = "python" if self.processes.count == 1 else "torchrun ..."
+        arguments = sys.argv + ["--resume"] * ("--resume" not in sys.argv)
+        where = (
+            f"step {self.run.done} of epoch {self.run.epoch + 1}"
+            if self.run.done
+            else (f"epoch {self.run.epoch}")
+        )
+        command = f"{launcher} {shlex.join(arguments)}"
+        return Stopped(f"\nstopped after {where}, all is saved; go on with: {command}", number)

@@ -8,12 +8,15 @@
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
-every epoch, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and TensorBoard events
-to --out.
+every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
+TensorBoard events to --out. SIGTERM and Ctrl-C stop it after the current step, with all of its
+state saved.
 """
 
 import argparse
 import math
+import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,9 +34,9 @@ from dataset import CLEVRDataset, ShardedBatches, split_videos
 from log import Log
 from metrics import confusion_matrix, summarise
 from model import UNet
-from optim import learning_rate_at, update_average
+from optim import learning_rate_at, scaled_rate, update_average
 from render import DEMO_DATA, render_demo
-from runs import Run
+from runs import LAST, Keeper, Run
 from utils import (
     Processes,
     UserError,
@@ -45,8 +48,11 @@ from utils import (
     mixed_precision,
     run_script,
     seed_everything,
+    usable_cpus,
+    worker_start,
 )
 
+LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 
 
@@ -63,21 +69,41 @@ def parse_args() -> argparse.Namespace:
         type=at_least(1),
         help="passes over the data (default: 8, or 30 with --init)",
     )
-    add("--batch-size", type=at_least(1), default=16, help="frames a step (default %(default)s)")
-    add("--learning-rate", type=float, help="highest (default: 4e-3, or 1e-3 with --init)")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=16,
+        help="frames a step, of all processes together (default %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=float,
+        help="highest (default: 4e-3, or 1e-3 with --init; times the square root of "
+        "batch size / 16 where that is more than 1, at most twice)",
+    )
     add("--init", type=Path, help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
-    add("--workers", type=at_least(0), default=0, help="processes that read (default %(default)s)")
+    add(
+        "--workers",
+        type=at_least(0),
+        help="processes that read, of each training process (default: on a CPU 0, else up to 4)",
+    )
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from the same seed and after --resume on a GPU too, for some speed; "
+        "on a CPU that is always so",
+    )
     add("--widths", type=at_least(1), nargs="+", help="channels of each stage of the UNet")
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init else 8
     if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.init else 4e-3
+        args.learning_rate = scaled_rate(1e-3 if args.init else 4e-3, args.batch_size)
     if not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and len(args.widths) < 2:
@@ -92,6 +118,7 @@ def train_one_epoch(
     rate_at: Callable[[int], float],
     device: torch.device,
     change: Callable = augment,
+    attend: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -102,13 +129,14 @@ def train_one_epoch(
         rate_at: The learning rate of a step.
         device: Where the network is.
         change: What is done to a batch first.
+        attend: Called after every step.
 
     Returns:
-        train_loss (mean), lr (the last), frames_per_s (of this process), waiting (share of the
-        time that went into waiting for data).
+        train_loss (mean, also of steps before a stop), lr (the last), frames_per_s (of this
+        process), waiting (share of the time that went into waiting for data).
     """
     parallel.train()
-    losses, frames, waited = [], 0, 0.0
+    frames, waited = 0, 0.0
     start = asked = time.perf_counter()
     bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
     for images, masks in bar:
@@ -120,22 +148,23 @@ def train_one_epoch(
             loss = parallel(crops, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), MAX_NORM)
-        rate = rate_at(run.step)
-        run.optimizer.step(rate)
+        run.optimizer.step(rate_at(run.step))
         update_average(run.average, run.model, run.step)
         run.step += 1
-        losses.append(loss.detach())
+        run.done += 1
+        run.loss.add(loss)
         frames += len(images)
-        asked = time.perf_counter()
-        if run.step % 10 == 1:
-            seconds = asked - start
+        if run.step % LOOK_EVERY == 0:
+            latest, seconds = run.loss.look(), time.perf_counter() - start
             rates = f"{frames / seconds:.1f} frames/s, {waited / seconds:.0%} waiting for data"
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {rates}", refresh=False)
-    train_loss = torch.stack(losses).mean().item()
+            bar.set_postfix_str(f"loss {latest:.3f}, {rates}", refresh=False)
+        attend()
+        asked = time.perf_counter()
+    train_loss = run.loss.mean()  # waits for the device: the seconds are its own
     seconds = time.perf_counter() - start
     return {
         "train_loss": train_loss,
-        "lr": rate,
+        "lr": rate_at(max(run.step - 1, 0)),
         "frames_per_s": frames / seconds,
         "waiting": waited / seconds,
     }
@@ -143,27 +172,37 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module, loader: DataLoader, device: torch.device, processes: Processes
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    processes: Processes,
+    attend: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once."""
+    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once.
+
+    `attend` is called after every batch.
+    """
     model.eval()
     confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, frames
+    losses = [torch.zeros(0, device=device)]
     for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
-        images, masks = images.to(device), masks.to(device)
+        images, masks = (x.to(device, non_blocking=True) for x in (images, masks))
         with mixed_precision(device):
             stages = model.stages(images)
         # A loss for each frame by itself, so that the mean does not depend on the batches.
-        total[0] += model.frame_losses(stages, masks).double().sum()
-        total[1] += len(images)
+        losses.append(model.frame_losses(stages, masks))
         confusion += confusion_matrix(masks, model.labels(stages))
+        attend()
+    losses = torch.cat(losses).cpu().double()
+    total = torch.stack((losses.sum(), torch.tensor(len(losses)).double()))
+    confusion = confusion.cpu()
     processes.add_up(confusion)
     processes.add_up(total)
     return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
 
 
 def load_data(
-    path: Path, batch_size: int, seed: int, cache: bool, workers: int, processes: Processes
+    path: Path, batch_size: int, seed: int, cache: bool, workers: int | None, processes: Processes
 ) -> tuple[DataLoader, DataLoader]:
     """Return the batches of this process, for training and for validation.
 
@@ -185,15 +224,46 @@ def load_data(
         )
     batches = ShardedBatches(len(training), batch_size, processes, True, seed)
     val_batches = ShardedBatches(len(validation), 2 * batch_size, processes, False)
+    frame = sum(part.numel() for part in training[0])  # bytes
+    workers = choose_workers(workers, 3 * batch_size * frame, processes)  # of both loaders
     loading = {
         "num_workers": workers,
-        "pin_memory": processes.device.type == "cuda",
+        "multiprocessing_context": worker_start(workers),
+        "pin_memory": processes.device.type not in ("cpu", "mps"),
         "persistent_workers": workers > 0,
+        "worker_init_fn": _leave_signals,
     }
     return (
         DataLoader(training, batch_sampler=batches, **loading),
         DataLoader(validation, batch_sampler=val_batches, **loading),
     )
+
+
+def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
+    """Return how many processes read for this one: no more than there are cores and memory for.
+
+    Args:
+        asked: How many the user wants; None: the default.
+        batch: Bytes of what is read ahead once, of all processes together.
+        processes: Those that share this machine's cores and shared memory.
+    """
+    if asked is None:
+        cores = usable_cpus() // processes.local_count - 1  # one feeds the device
+        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
+    shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
+    if not asked or not shared.is_dir():
+        return asked
+    free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
+    fit = free * processes.count // ahead
+    if fit < asked and processes.first:
+        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
+    return min(asked, fit)
+
+
+def _leave_signals(worker: int) -> None:
+    """Let a Ctrl-C, which reaches workers as well, be the training process's alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_model(init: Path | None, widths: list[int] | None, device: torch.device) -> UNet:
@@ -204,9 +274,38 @@ def build_model(init: Path | None, widths: list[int] | None, device: torch.devic
         if widths and trained.config != model.config:
             raise UserError(f"{init} is another network: leave out --widths")
         model = trained
-    if device.type == "cuda":  # on a CPU the convolutions choose their own format
+    if device.type != "cpu":  # there the convolutions choose their own format
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
+
+
+def start_run(args: argparse.Namespace, steps: int, processes: Processes) -> Run:
+    """Return the run, new or resumed, the same one on all processes.
+
+    Raises:
+        UserError: they do not all find the same checkpoint.
+    """
+    run = Run.start(build_model(args.init, args.widths, processes.device))
+    run.loss.processes = processes
+    run.facts = {"data": str(args.data.resolve()), "seed": args.seed}
+    if args.resume and (args.out / LAST).exists():
+        run.resume(args.out / LAST, args.batch_size)
+    run.done = min(run.done, steps)
+    run.step = run.epoch * steps + run.done
+    found = processes.gather(run.step)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"processes go on after other steps ({', '.join(map(str, found))}): "
+            "give an --out that all machines share"
+        )
+    if processes.first:
+        print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
+        if run.step:
+            within = f" and step {run.done}" if run.done else ""
+            print(f"going on after epoch {run.epoch}{within}")
+        if run.epoch >= args.num_epochs:
+            print(f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are done")
+    return run
 
 
 def main() -> None:
@@ -214,7 +313,7 @@ def main() -> None:
     args = parse_args()
     processes = Processes(choose_device(args.device))
     device = processes.device
-    seed_everything(args.seed)
+    seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
     if processes.first:
         print(log_header(device))
         if args.data == DEMO_DATA:
@@ -224,11 +323,7 @@ def main() -> None:
     loader, val_loader = load_data(
         args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
     )
-    run = Run.start(build_model(args.init, args.widths, device))
-    last = args.out / "Unet_checkpoint_last.pt"
-    if args.resume and last.exists():
-        run.resume(last)
-    run.step = run.epoch * len(loader)
+    run = start_run(args, len(loader), processes)
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
@@ -236,32 +331,32 @@ def main() -> None:
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
         log = Log(args.out, run.epoch)
-        print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
-        if run.epoch:
-            print(f"going on after epoch {run.epoch}")
-        if run.epoch >= args.num_epochs:
-            print(f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are done")
-
     total_steps = args.num_epochs * len(loader)
 
     def rate_at(step: int) -> float:
         return learning_rate_at(step / total_steps, args.learning_rate)
 
-    for epoch in range(run.epoch + 1, args.num_epochs + 1):
-        torch.manual_seed(1_000_003 * args.seed + epoch * processes.count + processes.rank)
-        loader.batch_sampler.epoch = epoch
-        figures = train_one_epoch(run, parallel, loader, rate_at, device)
-        figures["frames_per_s"] *= processes.count
-        processes.copy_first(run.average)
-        figures |= {"epoch": epoch, **validate(run.average, val_loader, device, processes)}
-        if not math.isfinite(figures["train_loss"]):
-            raise UserError(f"the loss is no longer finite in epoch {epoch}: lower --learning-rate")
-        run.epoch = epoch
-        if processes.first:
-            log.add(figures)
-            facts = {"data": str(args.data.resolve()), "seed": args.seed}
-            facts |= {name: figures[name] or 0.0 for name in ("miou", "weighted_iou")}
-            run.save(args.out, facts, args.num_epochs)
+    def change(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        # Every step has a seed of its own, so that a run which was stopped goes on like another.
+        number = run.step * processes.count + processes.rank
+        torch.manual_seed((1_000_000_007 * args.seed + number) % 2**63)
+        return augment(images, masks)
+
+    with Keeper(run, args.out, args.batch_size, processes) as keeper:
+        while run.epoch < args.num_epochs:
+            loader.batch_sampler.epoch, loader.batch_sampler.done = run.epoch + 1, run.done
+            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, keeper.attend)
+            figures["frames_per_s"] *= processes.count
+            processes.copy_first(run.average)
+            figures |= validate(
+                run.average, val_loader, device, processes, keeper.attend_validation
+            )
+            run.epoch, run.done = run.epoch + 1, 0
+            if processes.first:
+                log.add(figures | {"epoch": run.epoch})
+                run.save(args.out, figures, args.num_epochs, args.batch_size)
+            if run.epoch < args.num_epochs:
+                keeper.attend_epoch()
 
 
 if __name__ == "__main__":

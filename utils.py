@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,21 +22,38 @@ import torch
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 
 
+PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
+
+
 class UserError(ValueError):
     """One sentence for the user: it names the file or the option and says what to do."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: all is saved
+    """The script was told to stop by a signal and has done so; the text says how to go on."""
+
+    def __init__(self, text: str, signal_number: int):
+        super().__init__(text)
+        self.status = 128 + signal_number
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status.
 
     `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
-    130, a reader that has gone (`| head`) with 141. Anything else is a bug and keeps its traceback.
+    130, a reader that has gone (`| head`) with 141, `Stopped` with its own. Anything else is a bug
+    and keeps its traceback.
     """
     keep_freed_memory()
     try:
         status = main() or 0
         sys.stdout.flush()  # here, where a broken pipe can still be caught
+        _leave_group()
         sys.exit(status)
+    except Stopped as stop:
+        print(stop, file=sys.stderr, end="\n" if str(stop) else "", flush=True)
+        _leave_group()
+        sys.exit(stop.status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
         sys.exit(141)
@@ -45,9 +63,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+
+def _leave_group() -> None:
+    """Take leave of the other processes; one that fails must not wait for them to do the same."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -90,25 +111,28 @@ def worker_start(workers: int) -> str | None:
     return ("forkserver" if "forkserver" in methods else "spawn") if workers else None
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, and ask for deterministic kernels."""
+def seed_everything(seed: int, deterministic: bool = True) -> None:
+    """Seed Python, NumPy and torch, and ask for deterministic kernels, or for the fastest."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us may use the global generator
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device called `name`, or CUDA if there is one, else the CPU.
+    """Return the device called `name`, or a GPU if there is one, else the CPU; use it from now on.
+
+    Of several processes that torchrun has started, each gets the GPU of its own number.
 
     Raises:
         UserError: no such device on this machine.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found and found.type != "mps" else "cpu"  # Apple's only if asked for
     try:
-        device = torch.device(name)
+        device = _numbered(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -116,6 +140,23 @@ def choose_device(name: str | None = None) -> torch.device:
             "give cpu, cuda or leave it out"
         ) from None
     return device
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Make a GPU the current one, before anything touches the first; return it with its number."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or device.type != found.type:  # the CPU, or none that this machine has
+        return device
+    number = device.index or 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+        if number >= count:
+            raise UserError(
+                f"process {number + 1} of this machine has no GPU, there are {count}: "
+                f"give torchrun --nproc-per-node={count}, or --device cpu"
+            )
+    torch.accelerator.set_device_index(number)
+    return torch.device(device.type, number)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -159,20 +200,21 @@ class Processes:
     Attributes:
         rank: Number of this process, from 0.
         count: How many there are.
-        local_rank: Number among those on this machine, which is the number of its GPU.
-        device: Where it computes: the given one, or its own GPU.
+        local_count: How many of them are on this machine.
+        device: Where it computes, as of `choose_device`.
     """
 
     def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.device = device
         if self.count > 1:
-            if device.type == "cuda":
-                self.device = torch.device("cuda", self.local_rank)
-                torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend, bound = "gloo", None
+            if device.type != "cpu":  # gloo beside it, for what the host has to know
+                own = torch.distributed.get_default_backend_for_device(device)
+                backend, bound = f"cpu:gloo,{device.type}:{own}", device
+            torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=bound)
 
     @property
     def first(self) -> bool:
@@ -183,6 +225,13 @@ class Processes:
         """Replace the tensor by its sum over all processes, in place."""
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
+
+    def gather(self, number: int) -> list[int]:
+        """Return the number of every process, by rank, to every process."""
+        numbers = torch.zeros(self.count, dtype=torch.int64)  # on the CPU: no GPU is waited for
+        numbers[self.rank] = number
+        self.add_up(numbers)
+        return numbers.tolist()
 
     def copy_first(self, module: torch.nn.Module) -> None:
         """Give the first process's weights and buffers to all."""
@@ -230,9 +279,22 @@ def delete_scraps(path: Path) -> None:
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads."""
+    """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads.
+
+    Its tensors lie on the CPU, so that it loads where there is no GPU.
+    """
+    checkpoint = _on_cpu({"format": CHECKPOINT_FORMAT, **checkpoint})
     with atomic_write(path) as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
+        torch.save(checkpoint, file)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return dicts, lists and tuples with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
