@@ -3,20 +3,25 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run, torchrun, write_video
 
 import log
+import train
 from model import UNet
+from optim import scaled_rate
 from render import render_video
-from utils import load_checkpoint
+from runs import LAST, MeanLoss
+from utils import Processes, UserError, load_checkpoint, save_checkpoint
 
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
 
@@ -66,31 +71,148 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_same_seed_same_weights_and_killed_or_stopped_runs_end_the_same(finished, videos, tmp_path):
-    """Kill -9 after the first epoch, stop after the third, then go on to the end."""
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, "--resume", *TINY]
+def figures(out: Path) -> list[dict[str, str]]:
+    """The lines of log.csv but for the speed."""
+    with (out / "log.csv").open() as file:
+        return [row | {"frames_per_s": ""} for row in csv.DictReader(file)]
+
+
+def until(path: Path, *command: object) -> subprocess.Popen:
+    """Start train.py; return when it has written `path`."""
     process = subprocess.Popen(
         [str(c) for c in (sys.executable, ROOT / "train.py", *command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    last = tmp_path / "Unet_checkpoint_last.pt"
     deadline = time.time() + 120
-    while not last.exists() and time.time() < deadline:
+    while not path.exists() and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    completed = load_checkpoint(last)["epoch"]
-    assert 1 <= completed < 6
+    return process
+
+
+def test_same_seed_same_bits_however_often_it_is_killed_and_stopped(finished, videos, tmp_path):
+    """SIGTERM and Ctrl-C within epochs, kill -9 anywhere; then on to the end."""
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, "--resume", *TINY]
+    last = tmp_path / "Unet_checkpoint_last.pt"
+    seconds = random.Random(time.time())
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = until(tmp_path / "log.csv", *command)  # of the first of these runs
+        if number != signal.SIGTERM:
+            process.stdout.readline()  # waits for its start
+        time.sleep(seconds.uniform(0, 1))
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode in (status, 0), said
+        if process.returncode == status and number != signal.SIGKILL:
+            assert "--resume" in said
+    assert load_checkpoint(last)["epoch"] < 6
     result = run("train.py", *command)
     assert result.returncode == 0, result.stderr
-    assert f"going on after epoch {completed}" in result.stdout
     for name in ("epoch_6", "best", "last"):
         path = f"Unet_checkpoint_{name}.pt"
         assert same(weights(finished / path), weights(tmp_path / path)), name
-    with (finished / "log.csv").open() as a, (tmp_path / "log.csv").open() as b:
-        mious = [[row["miou"] for row in csv.DictReader(file)] for file in (a, b)]
-    assert mious[0] == mious[1]
+    assert figures(finished) == figures(tmp_path)
+
+
+STOP = """
+import os, signal, sys, train
+number, step, rank = map(int, sys.argv.pop(1).split(","))
+attend = train.Keeper.attend
+
+def stopping(keeper):
+    if keeper.run.step == step and keeper.processes.rank == rank:
+        os.kill(os.getpid(), number)
+    attend(keeper)
+
+train.Keeper.attend = stopping
+train.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 8), (signal.SIGINT, 12)])
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(
+    finished, videos, tmp_path, number, step
+):
+    """Of 6 epochs of 6 steps, in the second and just at its end."""
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
+    result = run(tmp_path / "stop.py", f"{number},{step},0", *command, env=environment)
+    assert result.returncode == 128 + number
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"stopped after step {step - 6} of epoch 2, all is saved; go on with:")
+    assert line.endswith("--resume")
+    checkpoint = load_checkpoint(tmp_path / "Unet_checkpoint_last.pt")
+    assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
+    result = run("train.py", *command, "--resume")
+    assert f"going on after epoch 1 and step {step - 6}" in result.stdout
+    assert same(weights(finished / LAST), weights(tmp_path / LAST))
+    assert figures(finished) == figures(tmp_path)
+
+
+def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, tmp_path):
+    """One of three gets the signal in step 7; they ask each other after steps 5 and 10."""
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
+    arguments = (f"{signal.SIGTERM:d},7,2", *command)
+    result = run(tmp_path / "stop.py", *arguments, launcher=torchrun(3), env=environment)
+    assert result.returncode != 0
+    assert "stopped after step 4 of epoch 2, all is saved" in result.stderr
+    state = load_checkpoint(tmp_path / LAST)["training"]
+    assert (state["frames"], state["loss"][1]) == (16, 4)
+    result = run("train.py", *command, "--resume", launcher=torchrun(2), env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on after epoch 1 and step 4" in result.stdout
+    assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
+
+
+def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path):
+    checkpoint = load_checkpoint(finished / LAST)
+    for name in ("frames", "loss"):
+        checkpoint["training"].pop(name)
+    save_checkpoint(tmp_path / LAST, checkpoint)
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 7, "--resume", *TINY]
+    result = run("train.py", *command)
+    assert result.returncode == 0, result.stderr
+    assert "going on after epoch 6\n" in result.stdout
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence():
+    loss = MeanLoss()
+    for value in (1.0, float("nan")):
+        loss.add(torch.tensor(value))
+    with pytest.raises(UserError, match="lower --learning-rate"):
+        loss.look()
+
+
+def test_the_mean_loss_does_not_depend_on_when_it_is_looked_at():
+    values, often, once = torch.rand(100), MeanLoss(), MeanLoss()
+    for i, value in enumerate(values):
+        often.add(value)
+        once.add(value)
+        if i % 7 == 0:
+            often.look()
+    assert often.mean() == once.mean() == pytest.approx(values.mean().item(), rel=1e-6)
+    assert (once.total, once.steps) == (0.0, 0)
+
+
+def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
+    processes = Processes(torch.device("cpu"))
+    assert train.choose_workers(None, 10**6, processes) == 0
+    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
+    monkeypatch.setattr(train, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    assert train.choose_workers(None, 10**6, processes) == 3
+    assert not capsys.readouterr().out
+    assert train.choose_workers(16, 10**7, processes) == 5  # 2 x 10 MB ahead, half of it each one's
+    assert "enough for 5 workers, not 16" in capsys.readouterr().out
+
+
+def test_the_learning_rate_grows_with_large_batches_to_twice():
+    rates = [scaled_rate(4e-3, batch_size) for batch_size in (4, 16, 36, 1024)]
+    assert rates == pytest.approx([4e-3, 4e-3, 6e-3, 8e-3])
 
 
 def test_another_seed_gives_other_weights(finished, videos, tmp_path):
