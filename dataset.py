@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import random
+import shutil
+import signal
 import sys
 import time
 import uuid
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.tv_tensors import Image, Mask
 
-from utils import Processes, UserError, run_script
+from utils import Processes, UserError, run_script, usable_cpus
 from videos import (
     find_labelled,
     find_videos,
@@ -245,6 +247,33 @@ class ShardedBatches(Sampler[list[int]]):
         ):
             batch = order[start : start + self.batch_size]
             yield batch[self.processes.rank :: self.processes.count]
+
+
+def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
+    """Return how many processes read for this one: no more than there are cores and memory for.
+
+    Args:
+        asked: How many the user wants; None: the default.
+        batch: Bytes of what is read ahead once, of all processes together.
+        processes: Those that share this machine's cores and shared memory.
+    """
+    if asked is None:
+        cores = usable_cpus() // processes.local_count - 1  # one feeds the device
+        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
+    shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
+    if not asked or not shared.is_dir():
+        return asked
+    free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
+    fit = free * processes.count // ahead
+    if fit < asked and processes.first:
+        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
+    return min(asked, fit)
+
+
+def leave_signals(worker: int) -> None:
+    """Let a Ctrl-C, which reaches workers as well, be the training process's alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _cache_root(cache: str | Path | bool) -> Path | None:

@@ -14,8 +14,6 @@ events to --out. SIGTERM and Ctrl-C stop it after the current step, with all of 
 
 import argparse
 import math
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,7 +27,13 @@ from tqdm import tqdm
 
 from augment import augment
 from classes import NUM_CLASSES
-from dataset import CLEVRDataset, ShardedBatches, split_videos
+from dataset import (
+    CLEVRDataset,
+    ShardedBatches,
+    choose_workers,
+    leave_signals,
+    split_videos,
+)
 from evaluate import confusion_matrix, summarise
 from log import Log
 from model import UNet, compile_network
@@ -46,7 +50,6 @@ from utils import (
     mixed_precision,
     run_script,
     seed_everything,
-    usable_cpus,
 )
 
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -227,39 +230,12 @@ def load_data(
         "num_workers": workers,
         "pin_memory": processes.device.type not in ("cpu", "mps"),
         "persistent_workers": workers > 0,
-        "worker_init_fn": _leave_signals,
+        "worker_init_fn": leave_signals,
     }
     return (
         DataLoader(training, batch_sampler=batches, **loading),
         DataLoader(validation, batch_sampler=val_batches, **loading),
     )
-
-
-def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
-    """Return how many processes read for this one: no more than there are cores and memory for.
-
-    Args:
-        asked: How many the user wants; None: the default.
-        batch: Bytes of what is read ahead once, of all processes together.
-        processes: Those that share this machine's cores and shared memory.
-    """
-    if asked is None:
-        cores = usable_cpus() // processes.local_count - 1  # one feeds the device
-        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
-    shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
-    if not asked or not shared.is_dir():
-        return asked
-    free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
-    fit = free * processes.count // ahead
-    if fit < asked and processes.first:
-        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
-    return min(asked, fit)
-
-
-def _leave_signals(worker: int) -> None:
-    """Let a Ctrl-C, which reaches workers as well, be the training process's alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_model(init: Path | None, widths: list[int] | None, device: torch.device) -> UNet:

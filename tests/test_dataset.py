@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import dataset
 import videos
 from dataset import CLEVRDataset, ShardedBatches, split_videos
 from model import UNet
@@ -438,3 +440,16 @@ def test_real_videos_are_the_same_from_the_cache_and_without():
     assert same(everything(data_set), everything(CLEVRDataset(REAL, cache=False)))
     objects = (everything(data_set)[1] > 0).float().mean().item()
     assert 0.01 < objects < 0.15, "some 5 % of a frame is objects"
+
+
+def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
+    processes = Processes(torch.device("cpu"))
+    assert dataset.choose_workers(None, 10**6, processes) == 0
+    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
+    monkeypatch.setattr(dataset, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    assert dataset.choose_workers(None, 10**6, processes) == 3
+    assert not capsys.readouterr().out
+    fit = dataset.choose_workers(16, 10**7, processes)  # 10 MB ahead twice, half for each process
+    assert fit == 5
+    assert "enough for 5 workers, not 16" in capsys.readouterr().out

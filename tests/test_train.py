@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run, torchrun, write_video
 
 import log
-import train
 from model import UNet
 from render import render_video
 from runs import LAST
-from utils import Processes, load_checkpoint, save_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
 
@@ -167,6 +165,18 @@ def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, t
     assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
 
 
+def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path):
+    """As on two machines that share no --out."""
+    script = "import os, sys, train\nsys.argv[2] += os.environ['RANK']\n"
+    (tmp_path / "apart.py").write_text(script + "train.run_script(train.main)\n")
+    (tmp_path / "out0").symlink_to(finished)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ("--out", tmp_path / "out", "--data", videos, "--num-epochs", 7, "--resume", *TINY)
+    result = run(tmp_path / "apart.py", *arguments, launcher=torchrun(2), env=environment)
+    assert result.returncode != 0
+    assert "go on after other steps (36, 0): give an --out that all machines share" in result.stderr
+
+
 def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path):
     checkpoint = load_checkpoint(finished / LAST)
     for name in ("frames", "loss"):
@@ -176,18 +186,6 @@ def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos
     result = run("train.py", *command)
     assert result.returncode == 0, result.stderr
     assert "going on after epoch 6\n" in result.stdout
-
-
-def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
-    processes = Processes(torch.device("cpu"))
-    assert train.choose_workers(None, 10**6, processes) == 0
-    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
-    monkeypatch.setattr(train, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
-    assert train.choose_workers(None, 10**6, processes) == 3
-    assert not capsys.readouterr().out
-    assert train.choose_workers(16, 10**7, processes) == 5  # 2 x 10 MB ahead, half of it each one's
-    assert "enough for 5 workers, not 16" in capsys.readouterr().out
 
 
 def test_another_seed_gives_other_weights(finished, videos, tmp_path):
