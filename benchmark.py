@@ -40,7 +40,8 @@ from torch.utils.data import DataLoader
 import infer
 import train
 import utils
-from dataset import CLEVRDataset, ShardedBatches, split_videos
+from batches import ShardedBatches
+from dataset import CLEVRDataset, split_videos
 from model import UNet
 from peers import NETWORKS
 from render import DEMO_DATA, render_demo

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
-from utils import Processes, UserError, run_script, worker_start
+from utils import UserError, run_script
 from videos import (
     find_labelled,
     find_videos,
@@ -204,95 +204,6 @@ def split_videos(path: Path, seed: int) -> tuple[list[Path], list[Path]]:
         [video for i, video in enumerate(videos) if i not in chosen],
         [video for i, video in enumerate(videos) if i in chosen],
     )
-
-
-class ShardedBatches(Sampler[list[int]]):
-    """Batches of frame numbers; each process gets its share of every batch.
-
-    Args:
-        frames: Number of frames.
-        batch_size: Frames of one batch, over all processes.
-        processes: Who takes part.
-        shuffle: Another order in each `epoch` (set it), and no incomplete last batch unless it is
-            the only one; else in order, every frame exactly once, and a process that has no share
-            of the last batch ends one batch earlier.
-        seed: Of the order.
-
-    Attributes:
-        epoch: Which one is next.
-        done: How many of its batches to leave out, since a run that was stopped has had them.
-    """
-
-    def __init__(
-        self, frames: int, batch_size: int, processes: Processes, shuffle: bool, seed: int = 0
-    ):
-        self.frames, self.batch_size, self.processes = frames, batch_size, processes
-        self.shuffle, self.seed, self.epoch, self.done = shuffle, seed, 0, 0
-
-    def __len__(self) -> int:
-        whole, rest = divmod(self.frames, self.batch_size)
-        return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = range(self.frames)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-            order = torch.randperm(self.frames, generator=generator).tolist()
-        for start in range(
-            self.done * self.batch_size, len(self) * self.batch_size, self.batch_size
-        ):
-            batch = order[start : start + self.batch_size]
-            yield batch[self.processes.rank :: self.processes.count]
-
-
-class WholeVideos(Dataset):
-    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not.
-
-    An item is the number of a video, its frames uint8 (T, 3, H, W), and what is wrong with it.
-    """
-
-    def __init__(self, dataset: CLEVRDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset.videos)
-
-    def __getitem__(self, v: int) -> tuple[int, Tensor, str]:
-        try:
-            return v, self.dataset.video(v), ""
-        except UserError as error:
-            return v, torch.empty(0), str(error)
-
-    def read(self, numbers: Iterable[int]) -> list[tuple[int, Tensor, str]]:
-        """Return the videos of these numbers."""
-        return [self[v] for v in numbers]
-
-    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
-        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
-        return DataLoader(
-            self,
-            batch_sampler=batches,
-            num_workers=workers,
-            multiprocessing_context=worker_start(workers),
-            collate_fn=list,
-            pin_memory=pin,
-        )
-
-
-def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
-
-    A longer video comes alone. No batch holds half a video.
-    """
-    group, frames = [], 0
-    for v, length in enumerate(lengths):
-        if group and frames + length > batch_size:
-            yield group
-            group, frames = [], 0
-        group.append(v)
-        frames += length
-    if group:
-        yield group
 
 
 def _cache_root(cache: str | Path | bool) -> Path | None:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import CLEVRDataset, WholeVideos, fill_batches
+from batches import WholeVideos, fill_batches
+from dataset import CLEVRDataset
 from model import UNet
 from objects import Row, Tracks, follow, table
 from parts import gather, occupied

@@ -25,7 +25,8 @@ import infer
 import train
 import utils
 from augment import augment
-from dataset import CLEVRDataset, ShardedBatches, WholeVideos, split_videos
+from batches import ShardedBatches, WholeVideos
+from dataset import CLEVRDataset, split_videos
 from model import UNet
 from optim import MuonAdamW, learning_rate_at
 from peers import NETWORKS, Peer

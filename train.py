@@ -15,8 +15,6 @@ state saved.
 
 import argparse
 import math
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import augment
+from batches import load_data
 from classes import NUM_CLASSES
-from dataset import CLEVRDataset, ShardedBatches, split_videos
 from log import Log
 from metrics import confusion_matrix, summarise
 from model import UNet
@@ -48,8 +45,6 @@ from utils import (
     mixed_precision,
     run_script,
     seed_everything,
-    usable_cpus,
-    worker_start,
 )
 
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -199,71 +194,6 @@ def validate(
     processes.add_up(confusion)
     processes.add_up(total)
     return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
-
-
-def load_data(
-    path: Path, batch_size: int, seed: int, cache: bool, workers: int | None, processes: Processes
-) -> tuple[DataLoader, DataLoader]:
-    """Return the batches of this process, for training and for validation.
-
-    Raises:
-        UserError: too few videos, or too few frames for so many processes.
-    """
-    training, validation = (
-        CLEVRDataset(videos, cache=cache) for videos in split_videos(path, seed)
-    )
-    if min(batch_size, len(training)) < processes.count:
-        raise UserError(
-            f"{processes.count} processes share batches of {batch_size} out of "
-            f"{len(training)} frames: start fewer, or give a larger --batch-size"
-        )
-    if processes.first:
-        print(
-            f"{len(training)} training frames of {len(training.videos)} videos, "
-            f"{len(validation)} validation frames of {len(validation.videos)} videos"
-        )
-    batches = ShardedBatches(len(training), batch_size, processes, True, seed)
-    val_batches = ShardedBatches(len(validation), 2 * batch_size, processes, False)
-    frame = sum(part.numel() for part in training[0])  # bytes
-    workers = choose_workers(workers, 3 * batch_size * frame, processes)  # of both loaders
-    loading = {
-        "num_workers": workers,
-        "multiprocessing_context": worker_start(workers),
-        "pin_memory": processes.device.type not in ("cpu", "mps"),
-        "persistent_workers": workers > 0,
-        "worker_init_fn": _leave_signals,
-    }
-    return (
-        DataLoader(training, batch_sampler=batches, **loading),
-        DataLoader(validation, batch_sampler=val_batches, **loading),
-    )
-
-
-def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
-    """Return how many processes read for this one: no more than there are cores and memory for.
-
-    Args:
-        asked: How many the user wants; None: the default.
-        batch: Bytes of what is read ahead once, of all processes together.
-        processes: Those that share this machine's cores and shared memory.
-    """
-    if asked is None:
-        cores = usable_cpus() // processes.local_count - 1  # one feeds the device
-        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
-    shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
-    if not asked or not shared.is_dir():
-        return asked
-    free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
-    fit = free * processes.count // ahead
-    if fit < asked and processes.first:
-        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
-    return min(asked, fit)
-
-
-def _leave_signals(worker: int) -> None:
-    """Let a Ctrl-C, which reaches workers as well, be the training process's alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_model(init: Path | None, widths: list[int] | None, device: torch.device) -> UNet:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import multiprocessing
 import os
 import platform
 import random
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
-
-
 PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
 
 
@@ -100,15 +97,6 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def worker_start(workers: int) -> str | None:
-    """Return how a DataLoader starts its workers: not by a fork, which can deadlock with threads.
-
-    Python 3.12 and later warn of that. None, the loader's own choice, where there are no workers.
-    """
-    methods = multiprocessing.get_all_start_methods()
-    return ("forkserver" if "forkserver" in methods else "spawn") if workers else None
 
 
 def seed_everything(seed: int, deterministic: bool = True) -> None:

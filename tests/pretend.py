@@ -174,7 +174,9 @@ def _count(operation: torch._ops.OpOverload, name: str, leaves: list[Any], args:
         launches = math.ceil(len(lists[0]) / FOREACH_TENSORS[depth - 1])
     with _lock:
         _counts.kernels[name] += launches
-    indices = [leaf for leaf in leaves[1:] if isinstance(leaf, Tensor)] if "index" in name else []
+    indices = []
+    if "index_put" in name:  # PyTorch itself asks the device for the others' nonzero and copies
+        indices = [index for index in args[1] if isinstance(index, Tensor)]
     if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
         wait("boolean indexing")
     for index in indices:

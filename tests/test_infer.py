@@ -20,8 +20,8 @@ from conftest import write_video as write_frames
 from PIL import Image
 
 import infer
+from batches import fill_batches
 from classes import CLASS_NAMES
-from dataset import fill_batches
 from model import UNet
 from objects import follow
 from parts import gather

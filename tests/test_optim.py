@@ -82,6 +82,11 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     assert rates == pytest.approx([2e-4, 2.2e-3, 4e-3, 2e-3, 0])
 
 
+def test_the_learning_rate_grows_with_large_batches_to_twice():
+    rates = [optim.scaled_rate(4e-3, batch_size) for batch_size in (4, 16, 36, 1024)]
+    assert rates == pytest.approx([4e-3, 4e-3, 6e-3, 8e-3])
+
+
 def test_the_mean_of_the_weights_is_young_at_first_and_counts_are_copied():
     model, average = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
     model.weight.data.fill_(2.0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from conftest import ROOT, run, torchrun, write_video
 import log
 from model import UNet
 from render import render_video
-from utils import load_checkpoint
+from runs import LAST
+from utils import load_checkpoint, save_checkpoint
 
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
 
@@ -66,31 +68,124 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_same_seed_same_weights_and_killed_or_stopped_runs_end_the_same(finished, videos, tmp_path):
-    """Kill -9 after the first epoch, stop after the third, then go on to the end."""
+def figures(out: Path) -> list[dict[str, str]]:
+    """The lines of log.csv but for the speed."""
+    with (out / "log.csv").open() as file:
+        return [row | {"frames_per_s": ""} for row in csv.DictReader(file)]
+
+
+def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, videos, tmp_path):
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, "--resume", *TINY]
-    process = subprocess.Popen(
-        [str(c) for c in (sys.executable, ROOT / "train.py", *command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    last = tmp_path / "Unet_checkpoint_last.pt"
-    deadline = time.time() + 120
-    while not last.exists() and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    completed = load_checkpoint(last)["epoch"]
-    assert 1 <= completed < 6
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(
+            [str(c) for c in (sys.executable, ROOT / "train.py", *command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if "parameters" in line:
+                break
+        time.sleep(random.uniform(0, 0.8))
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode in {-signal.SIGKILL, 143, 0}, said
     result = run("train.py", *command)
     assert result.returncode == 0, result.stderr
-    assert f"going on after epoch {completed}" in result.stdout
     for name in ("epoch_6", "best", "last"):
         path = f"Unet_checkpoint_{name}.pt"
         assert same(weights(finished / path), weights(tmp_path / path)), name
-    with (finished / "log.csv").open() as a, (tmp_path / "log.csv").open() as b:
-        mious = [[row["miou"] for row in csv.DictReader(file)] for file in (a, b)]
-    assert mious[0] == mious[1]
+    assert figures(finished) == figures(tmp_path)
+
+
+STOP = """
+import os, signal, sys, runs, train
+number, step, rank = map(int, sys.argv.pop(1).split(","))
+attend = train.Keeper.attend
+if number == signal.SIGKILL:
+    runs.SAVE_EVERY = 0  # after every step
+
+def stopping(keeper):
+    if keeper.run.step == step and keeper.processes.rank == rank:
+        os.kill(os.getpid(), number)
+    attend(keeper)
+
+train.Keeper.attend = stopping
+train.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 8), (signal.SIGINT, 12)])
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(
+    finished, videos, tmp_path, number, step
+):
+    """Of 6 epochs of 6 steps, in the second and just at its end."""
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
+    result = run(tmp_path / "stop.py", f"{number},{step},0", *command, env=environment)
+    assert result.returncode == 128 + number
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"stopped after step {step - 6} of epoch 2, all is saved; go on with:")
+    assert line.endswith("--resume")
+    checkpoint = load_checkpoint(tmp_path / "Unet_checkpoint_last.pt")
+    assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
+    result = run("train.py", *command, "--resume")
+    assert f"going on after epoch 1 and step {step - 6}" in result.stdout
+    assert same(weights(finished / LAST), weights(tmp_path / LAST))
+    assert figures(finished) == figures(tmp_path)
+
+
+def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos, tmp_path):
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
+    arguments = (f"{signal.SIGKILL:d},10,0", *command)
+    assert run(tmp_path / "stop.py", *arguments, env=environment).returncode == -signal.SIGKILL
+    result = run("train.py", *command, "--resume")
+    assert "going on after epoch 1 and step 3" in result.stdout
+    assert same(weights(finished / LAST), weights(tmp_path / LAST))
+    assert figures(finished) == figures(tmp_path)
+
+
+def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, tmp_path):
+    """One of three gets the signal in step 7; they ask each other after steps 5 and 10."""
+    (tmp_path / "stop.py").write_text(STOP)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
+    arguments = (f"{signal.SIGTERM:d},7,2", *command)
+    result = run(tmp_path / "stop.py", *arguments, launcher=torchrun(3), env=environment)
+    assert result.returncode != 0
+    assert "stopped after step 4 of epoch 2, all is saved" in result.stderr
+    state = load_checkpoint(tmp_path / LAST)["training"]
+    assert (state["frames"], state["loss"][1]) == (16, 4)
+    result = run("train.py", *command, "--resume", launcher=torchrun(2), env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on after epoch 1 and step 4" in result.stdout
+    assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
+
+
+def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path):
+    """As on two machines that share no --out."""
+    script = "import os, sys, train\nsys.argv[2] += os.environ['RANK']\n"
+    (tmp_path / "apart.py").write_text(script + "train.run_script(train.main)\n")
+    (tmp_path / "out0").symlink_to(finished)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ("--out", tmp_path / "out", "--data", videos, "--num-epochs", 7, "--resume", *TINY)
+    result = run(tmp_path / "apart.py", *arguments, launcher=torchrun(2), env=environment)
+    assert result.returncode != 0
+    assert "go on after other steps (36, 0): give an --out that all machines share" in result.stderr
+
+
+def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path):
+    checkpoint = load_checkpoint(finished / LAST)
+    for name in ("frames", "loss"):
+        checkpoint["training"].pop(name)
+    save_checkpoint(tmp_path / LAST, checkpoint)
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 7, "--resume", *TINY]
+    result = run("train.py", *command)
+    assert result.returncode == 0, result.stderr
+    assert "going on after epoch 6\n" in result.stdout
 
 
 def test_another_seed_gives_other_weights(finished, videos, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import utils
-from utils import UserError, atomic_write, load_checkpoint, run_script, save_checkpoint
+from utils import Stopped, UserError, atomic_write, load_checkpoint, run_script, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ from utils import UserError, atomic_write, load_checkpoint, run_script, save_che
         (UserError("a.png: unreadable,\n replace it"), 2, "error: a.png: unreadable, replace it\n"),
         (PermissionError(13, "Permission denied", "a.npy"), 2, "a.npy"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (Stopped("stopped, all is saved", 15), 143, "stopped, all is saved\n"),
+        (Stopped("", 2), 130, ""),
     ],
 )
 def test_a_script_ends_with_its_status_and_one_sentence(capsys, outcome, status, said):
@@ -34,6 +36,24 @@ def test_a_script_ends_with_its_status_and_one_sentence(capsys, outcome, status,
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left"), [(None, 1), (Stopped("", 15), 1), (UserError("a"), 0), (ValueError(), 0)]
+)
+def test_only_who_succeeds_takes_leave_of_the_other_processes(monkeypatch, outcome, left):
+    """A process that fails must not wait for others, who wait for it elsewhere."""
+    leaves = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: leaves.append(1))
+
+    def main():
+        if outcome:
+            raise outcome
+
+    with pytest.raises((SystemExit, ValueError)):
+        run_script(main)
+    assert len(leaves) == left
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,0 +1,177 @@
+"""Batches: which frames or whole videos come together, who takes them, and who reads them ahead."""
+
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataset import CLEVRDataset, split_videos
+from utils import Processes, UserError, usable_cpus
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Batches of frame numbers; each process gets its share of every batch.
+
+    Args:
+        frames: Number of frames.
+        batch_size: Frames of one batch, over all processes.
+        processes: Who takes part.
+        shuffle: Another order in each `epoch` (set it), and no incomplete last batch unless it is
+            the only one; else in order, every frame exactly once, and a process that has no share
+            of the last batch ends one batch earlier.
+        seed: Of the order.
+
+    Attributes:
+        epoch: Which one is next.
+        done: How many of its batches to leave out, since a run that was stopped has had them.
+    """
+
+    def __init__(
+        self, frames: int, batch_size: int, processes: Processes, shuffle: bool, seed: int = 0
+    ):
+        self.frames, self.batch_size, self.processes = frames, batch_size, processes
+        self.shuffle, self.seed, self.epoch, self.done = shuffle, seed, 0, 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.frames, self.batch_size)
+        return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = range(self.frames)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+            order = torch.randperm(self.frames, generator=generator).tolist()
+        for start in range(
+            self.done * self.batch_size, len(self) * self.batch_size, self.batch_size
+        ):
+            batch = order[start : start + self.batch_size]
+            yield batch[self.processes.rank :: self.processes.count]
+
+
+def load_data(
+    path: Path, batch_size: int, seed: int, cache: bool, workers: int | None, processes: Processes
+) -> tuple[DataLoader, DataLoader]:
+    """Return the batches of this process, for training and for validation.
+
+    Raises:
+        UserError: too few videos, or too few frames for so many processes.
+    """
+    training, validation = (
+        CLEVRDataset(videos, cache=cache) for videos in split_videos(path, seed)
+    )
+    if min(batch_size, len(training)) < processes.count:
+        raise UserError(
+            f"{processes.count} processes share batches of {batch_size} out of "
+            f"{len(training)} frames: start fewer, or give a larger --batch-size"
+        )
+    if processes.first:
+        print(
+            f"{len(training)} training frames of {len(training.videos)} videos, "
+            f"{len(validation)} validation frames of {len(validation.videos)} videos"
+        )
+    batches = ShardedBatches(len(training), batch_size, processes, True, seed)
+    val_batches = ShardedBatches(len(validation), 2 * batch_size, processes, False)
+    frame = sum(part.numel() for part in training[0])  # bytes
+    workers = choose_workers(workers, 3 * batch_size * frame, processes)  # of both loaders
+    loading = {
+        "num_workers": workers,
+        "multiprocessing_context": worker_start(workers),
+        "pin_memory": processes.device.type not in ("cpu", "mps"),
+        "persistent_workers": workers > 0,
+        "worker_init_fn": leave_signals,
+    }
+    return (
+        DataLoader(training, batch_sampler=batches, **loading),
+        DataLoader(validation, batch_sampler=val_batches, **loading),
+    )
+
+
+class WholeVideos(Dataset):
+    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not.
+
+    An item is the number of a video, its frames uint8 (T, 3, H, W), and what is wrong with it.
+    """
+
+    def __init__(self, dataset: CLEVRDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.videos)
+
+    def __getitem__(self, v: int) -> tuple[int, Tensor, str]:
+        try:
+            return v, self.dataset.video(v), ""
+        except UserError as error:
+            return v, torch.empty(0), str(error)
+
+    def read(self, numbers: Iterable[int]) -> list[tuple[int, Tensor, str]]:
+        """Return the videos of these numbers."""
+        return [self[v] for v in numbers]
+
+    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
+        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
+        return DataLoader(
+            self,
+            batch_sampler=batches,
+            num_workers=workers,
+            multiprocessing_context=worker_start(workers),
+            collate_fn=list,
+            pin_memory=pin,
+        )
+
+
+def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
+
+    A longer video comes alone. No batch holds half a video.
+    """
+    group, frames = [], 0
+    for v, length in enumerate(lengths):
+        if group and frames + length > batch_size:
+            yield group
+            group, frames = [], 0
+        group.append(v)
+        frames += length
+    if group:
+        yield group
+
+
+def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
+    """Return how many processes read for this one: no more than there are cores and memory for.
+
+    Args:
+        asked: How many the user wants; None: the default.
+        batch: Bytes of what is read ahead once, of all processes together.
+        processes: Those that share this machine's cores and shared memory.
+    """
+    if asked is None:
+        cores = usable_cpus() // processes.local_count - 1  # one feeds the device
+        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
+    shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
+    if not asked or not shared.is_dir():
+        return asked
+    free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
+    fit = free * processes.count // ahead
+    if fit < asked and processes.first:
+        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
+    return min(asked, fit)
+
+
+def leave_signals(worker: int) -> None:
+    """Let a Ctrl-C, which reaches workers as well, be the training process's alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def worker_start(workers: int) -> str | None:
+    """Return how a DataLoader starts its workers: not by a fork, which can deadlock with threads.
+
+    Python 3.12 and later warn of that. None, the loader's own choice, where there are no workers.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    return ("forkserver" if "forkserver" in methods else "spawn") if workers else None

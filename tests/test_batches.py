@@ -1,0 +1,81 @@
+"""The split, the batches of several processes, and how many read ahead."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_video
+
+import batches
+from batches import ShardedBatches
+from dataset import split_videos
+from utils import Processes, UserError
+
+
+def test_a_tenth_is_set_aside_by_whole_videos(tmp_path):
+    for i in range(20):
+        video = tmp_path / f"video_{i}"
+        video.mkdir()
+        (video / "image_0.png").touch()
+        if i < 19:
+            (video / "mask.npy").touch()
+    training, validation = split_videos(tmp_path, seed=0)
+    assert (len(training), len(validation)) == (18, 1)
+    assert not set(training) & set(validation)
+    assert split_videos(tmp_path, seed=0) == (training, validation)
+    assert any(split_videos(tmp_path, seed=s)[1] != validation for s in range(1, 5))
+
+
+def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
+    for part in ("train", "val", "unlabeled"):
+        video = tmp_path / part / "video_1"
+        video.mkdir(parents=True)
+        (video / "image_0.png").touch()
+        (video / "mask.npy").touch()
+    training, validation = split_videos(tmp_path, seed=0)
+    assert training == [tmp_path / "train" / "video_1"]
+    assert validation == [tmp_path / "val" / "video_1"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_every_frame_exactly_once(count):
+    shares = []
+    for rank in range(count):
+        processes = Processes(torch.device("cpu"))
+        processes.rank, processes.count = rank, count
+        shares.append(list(ShardedBatches(10, 4, processes, shuffle=False)))
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(10))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_no_process_gets_an_empty_batch(count):
+    """11 frames in batches of 10: the last has one frame, and one process that reads it."""
+    for rank in range(count):
+        processes = Processes(torch.device("cpu"))
+        processes.rank, processes.count = rank, count
+        batches = ShardedBatches(11, 10, processes, shuffle=False)
+        assert all(batches)
+        assert len(list(batches)) == len(batches) == (2 if rank == 0 else 1)
+
+
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_an_empty_part_of_a_split_is_named(tmp_path, empty):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        if part != empty:
+            make_video(tmp_path / part / "video_1")
+    with pytest.raises(UserError, match=str(tmp_path / empty)):
+        split_videos(tmp_path, seed=0)
+
+
+def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
+    processes = Processes(torch.device("cpu"))
+    assert batches.choose_workers(None, 10**6, processes) == 0
+    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
+    monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    assert batches.choose_workers(None, 10**6, processes) == 3
+    assert not capsys.readouterr().out
+    fit = batches.choose_workers(16, 10**7, processes)  # 10 MB ahead twice, half for each process
+    assert fit == 5
+    assert "enough for 5 workers, not 16" in capsys.readouterr().out
