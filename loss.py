@@ -60,9 +60,9 @@ def _sums(stages: Stages, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor
     the number of these. The cells of all stages go through in one row: few, large operations.
     """
     masks = [*(middle_ids(mask, thing) for thing, _ in stages[:-1]), mask]
-    thing = _in_a_row([thing[:, 0] for thing, _ in stages], dim=1)  # (B, all cells)
+    thing = _in_a_row([thing[:, 0] for thing, _ in stages], dim=1).float()  # (B, all cells)
     inside = _in_a_row(masks, dim=1) > 0
-    thing = F.softplus(torch.where(inside, -thing.float(), thing.float()))
+    thing = F.softplus(torch.where(inside, -thing, thing))  # binary cross entropy with logits
 
     kinds = [kind for _, kind in stages]
     counts = _count_factors(masks, kinds, one_hot)  # (B, 13, all cells of kind)
