@@ -390,8 +390,10 @@ def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
     (tmp_path / "pretended.py").write_text(
         "import runpy, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import pretend\npretend.install()\n"
-        "runpy.run_path(sys.path[0] + '/infer.py', run_name='__main__')\n"
+        "if __name__ == '__main__':\n"
+        "    import pretend\n"
+        "    pretend.install()\n"
+        "    runpy.run_path(sys.path[0] + '/infer.py', run_name='__main__')\n"
     )
     options = ("--device", "pretend", "--workers", 2, "--ckpt", ckpt, "--out", tmp_path / "gpu")
     done = run_alone(tmp_path / "pretended.py", *options)
