@@ -1,0 +1,334 @@
+"""Does the project work on this device? What `python benchmark.py --check` finds out.
+
+    python benchmark.py --check                    # two minutes at most, fit for a bug report
+    python benchmark.py --check --device cuda:1
+
+Each check is a line: its name, its figure, and what the figure may be. The measure is this
+machine's CPU in float32. Where the device is the CPU itself, it is compared with itself, which
+still tells float32 from bfloat16. The last line is "all well", or what was not.
+"""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import infer
+import render
+import train
+import utils
+from augment import augment
+from dataset import CLEVRDataset, ShardedBatches
+from model import UNet
+from runs import Run
+from speed import INFER_BATCH, calls_for, timed
+from videos import find_videos, read_labels, read_video
+
+WEIGHTS = Path(__file__).parent / "weights/clevr_unet.pt"
+CPU = torch.device("cpu")
+VIDEOS, SEED, OBJECTS = 2, 7, (4, 8)  # what is rendered to look at
+STEP_FRAMES, STEP_RATE = 16, 1e-3  # of a training step: train.py's batch; a quarter of its rate
+RATE_SECONDS = 2.0  # of each rate
+PATIENCE = 60  # seconds that two processes may take
+
+# Of labels: the share of the object pixels that may differ. Of bfloat16, whose numbers have eight
+# bits, 4 in 10,000 differ on a CPU; more than 1 in 100 would be seen in the figures of RESULTS.md.
+LABELS_FLOAT32, LABELS_MIXED = 1e-4, 1e-2
+# Of a step: the share of the loss, and of the length of the change of all weights. Rounding of 1e-7
+# in the weights changes a step by 5e-5, Muon in bfloat16, which it is wherever the hardware has it,
+# by 1e-2, and all in bfloat16 by 0.2, since it makes small gradients as large as large ones; a
+# wrong gradient by 1.
+LOSS_FLOAT32, STEP_FLOAT32 = 1e-4, 0.03
+LOSS_MIXED, STEP_MIXED = 1e-2, 0.4
+# Of a resumed run: how many times the difference between two runs that were not stopped. Where
+# these are equal bit by bit, so must it be.
+RESUMED = 10.0
+# Of validation by two processes: other batches are other roundings, a frame too few is 1e-2.
+FIGURES = 1e-3
+
+# Whether all was well, or None where a check could not be made here, and the figure or the reason.
+Finding = tuple[bool | None, str]
+
+
+class Case(NamedTuple):
+    """What the checks look at."""
+
+    device: torch.device
+    ckpt: Path
+    folder: Path  # of this run's own files; its data/ holds the videos
+    frames: list[Tensor]  # of each video, uint8 (T, 3, H, W)
+    masks: list[Tensor]  # uint8 (T, H, W)
+
+
+def render_videos(folder: Path) -> None:
+    """Render the videos to look at, which are the same everywhere."""
+    threads = torch.get_num_threads()
+    folder.mkdir()
+    for k in range(VIDEOS):
+        render.write_video(folder, k, SEED, OBJECTS, "cpu")
+    torch.set_num_threads(threads)
+
+
+def in_float32(model: UNet, device: torch.device) -> None:
+    """Let a network compute in float32, whatever the precision of what uses it."""
+    stages = model.stages
+
+    def exact(frames: Tensor) -> Any:
+        on_cuda = device.type == "cuda"  # whose convolutions are of TF32 by default
+        flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        exactly = flags if on_cuda else contextlib.nullcontext()
+        with exactly, torch.autocast(device.type, enabled=False):
+            return stages(frames)
+
+    model.stages = exact
+
+
+def labels_of(case: Case, device: torch.device, full: bool, followed: bool) -> Tensor:
+    """Return infer.py's labels of all videos, (N, H, W), in float32 if `full`."""
+    model = UNet.load(case.ckpt)
+    if full:
+        model = model.to(device, memory_format=torch.channels_last).fuse()
+        in_float32(model, device)
+    else:
+        model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
+    found = infer.label(model, case.frames, device, INFER_BATCH, followed)
+    return torch.cat([tracks.labels for tracks in found])
+
+
+def compare_labels(case: Case, full: bool) -> Finding:
+    """Compare the labels of the device with the CPU's, frame by frame and with objects followed."""
+    if not full and not utils.has_bfloat16(case.device):
+        return None, "this device has no bfloat16"
+    wrong, allowed = [], LABELS_FLOAT32 if full else LABELS_MIXED
+    for followed in (False, True):
+        truth = labels_of(case, CPU, True, followed)
+        wrong.append(int((truth != labels_of(case, case.device, full, followed)).sum()))
+    objects = max(1, int((truth > 0).sum()))
+    text = f"{wrong[0]} of {objects:,} object pixels differ frame by frame, {wrong[1]} followed"
+    return max(wrong) <= allowed * objects, f"{text} (at most {allowed * objects:.0f})"
+
+
+def training_step(case: Case, device: torch.device, full: bool) -> tuple[float, Tensor]:
+    """Return the loss of a step of train.py, and by how much it changes all weights, (N,)."""
+    images = torch.cat(case.frames)[::VIDEOS][:STEP_FRAMES]
+    masks = torch.cat(case.masks)[::VIDEOS][:STEP_FRAMES]
+    torch.manual_seed(SEED)
+    crops = [part.to(device) for part in augment(images, masks)]  # chance is the CPU's
+    model = train.build_model(case.ckpt, None, device)
+    before = [weight.detach().to(CPU, copy=True) for weight in model.parameters()]
+    run = Run.start(model)
+    if full:
+        in_float32(model, device)
+    batches = [(images, masks)]
+    figures = train.train_one_epoch(
+        run, model, batches, lambda step: STEP_RATE, device, lambda *_: crops
+    )
+    pairs = zip(model.parameters(), before, strict=True)
+    changes = [(weight.detach().cpu() - old).flatten() for weight, old in pairs]
+    return figures["train_loss"], torch.cat(changes)
+
+
+def compare_step(case: Case, full: bool) -> Finding:
+    """Compare a training step on the device with the CPU's, of the same weights and crops."""
+    if not full and not utils.has_bfloat16(case.device):
+        return None, "this device has no bfloat16"
+    loss, change = training_step(case, CPU, True)
+    its_loss, its_change = training_step(case, case.device, full)
+    off_loss = abs(its_loss - loss) / loss
+    off_step = ((its_change - change).norm() / change.norm()).item()
+    limits = (LOSS_FLOAT32, STEP_FLOAT32) if full else (LOSS_MIXED, STEP_MIXED)
+    text = (
+        f"loss {its_loss:.5f}, off by {off_loss:.1e} (at most {limits[0]:g}); "
+        f"weights' step off by {off_step:.1e} (at most {limits[1]:g})"
+    )
+    return off_loss <= limits[0] and off_step <= limits[1], text
+
+
+class Interrupted(Exception):  # noqa: N818 - it is wanted
+    """A run of train.py was stopped, by us."""
+
+
+def run_train(case: Case, out: str, stop: bool = False, resume: bool = False) -> Tensor:
+    """Run train.py on a tiny network for two epochs; return the weights that it saved, (N,).
+
+    With `stop` it ends before the second one is validated, as if it had been killed.
+    """
+    last = case.folder / out / "Unet_checkpoint_last.pt"
+    validate, argv, calls = train.validate, sys.argv, []
+    deterministic = torch.get_deterministic_debug_mode()
+
+    def validate_or_stop(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append(1)
+        if stop and len(calls) == 2:
+            raise Interrupted
+        return validate(*args, **options)
+
+    options = f"--num-epochs 2 --batch-size 4 --no-cache --widths 8 16 --device {case.device}"
+    paths = ["--data", str(case.folder / "data"), "--out", str(last.parent)]
+    sys.argv = ["train.py", *paths, *options.split(), *["--resume"] * resume]
+    train.validate = validate_or_stop
+    try:
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with contextlib.suppress(Interrupted), quiet, warnings.catch_warnings(action="ignore"):
+            train.main()
+    finally:
+        train.validate, sys.argv = validate, argv
+        torch.set_deterministic_debug_mode(deterministic)
+    state = utils.load_checkpoint(last)["training"]["model"]
+    return torch.cat([part.flatten().double() for part in state.values()])
+
+
+def resume(case: Case) -> Finding:
+    """Train in one go, twice, and once with a stop in between."""
+    whole, again = run_train(case, "whole"), run_train(case, "again")
+    half = run_train(case, "stopped", stop=True)
+    resumed = run_train(case, "stopped", resume=True)
+    chance, off = ((run - whole).abs().max().item() for run in (again, resumed))
+    text = f"weights off by {off:.1e}; two runs that were not stopped by {chance:.1e}"
+    return off <= RESUMED * chance and not torch.equal(half, resumed), text
+
+
+def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str, Any] | None:
+    """Label videos as infer.py does and validate as train.py does, in as many processes as run.
+
+    Returns:
+        The figures, of the first process.
+    """
+    processes = utils.Processes(utils.choose_device(name))
+    device = processes.device
+    targets = infer.share_out(infer.plan(data, out), processes)
+    model = infer.make_ready(UNet.load(ckpt), device, INFER_BATCH, compiled=False)
+    infer.label_videos(model, targets, device, INFER_BATCH, workers=0)
+    dataset = CLEVRDataset(data, cache=False)
+    batches = ShardedBatches(len(dataset), 8, processes, False)
+    loader = DataLoader(dataset, batch_sampler=batches)
+    figures = train.validate(UNet.load(ckpt).to(device), loader, device, processes)
+    return {key: figures[key] for key in ("val_loss", "miou")} if processes.first else None
+
+
+def two_processes(case: Case) -> Finding:
+    """Compare two processes under torchrun with this one."""
+    on_cpu = case.device.type == "cpu"
+    if not on_cpu and torch.accelerator.device_count() < 2:
+        return None, f"there is one {case.device.type} device"
+    data, one, two = case.folder / "data", case.folder / "one", case.folder / "two"
+    name = case.device.type
+    figures = label_and_validate(data, case.ckpt, one, name)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, __file__, *map(str, (data, case.ckpt, two, name))]
+    shared = json.loads(run_alone(command).splitlines()[-1])
+    wrong = pixels = 0
+    for video in find_videos(data):
+        masks = [read_labels(out / video.name).numpy() for out in (one, two)]
+        wrong += int(np.not_equal(*masks).sum())
+        pixels += int((masks[0] > 0).sum())
+    off = max(abs(shared[key] / figures[key] - 1) for key in figures)
+    text = f"{wrong} of {pixels:,} object pixels differ (at most {LABELS_FLOAT32 * pixels:.0f}), "
+    text += f"figures of validation off by {off:.1e} (at most {FIGURES:g})"
+    return wrong <= LABELS_FLOAT32 * pixels and off <= FIGURES, text
+
+
+def run_alone(command: list[str]) -> str:
+    """Return what a command prints. Raises RuntimeError with its last error if it fails."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes
+            process.communicate()
+            raise RuntimeError(f"no end after {PATIENCE} seconds") from None
+    if process.returncode:
+        found = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]*[eE]rror: \S.*)$", errors, re.MULTILINE)
+        raise RuntimeError(found[-1] if found else f"exit status {process.returncode}")
+    return output
+
+
+def rates(case: Case) -> Finding:
+    """Measure the frames/s of labelling and of training, of frames in memory."""
+    device = case.device
+    model = infer.make_ready(UNet.load(case.ckpt), device, INFER_BATCH, compiled=False)
+    frames, masks = torch.cat(case.frames), torch.cat(case.masks)
+    batch = frames[:INFER_BATCH].to(device)
+
+    def look() -> None:
+        with utils.mixed_precision(device):
+            model.predict(batch)
+
+    def follow() -> None:
+        infer.label(model, [frames[:INFER_BATCH]], device, INFER_BATCH, True)
+
+    learner = train.build_model(case.ckpt, None, device)
+    run, images = Run.start(learner), (frames[:STEP_FRAMES], masks[:STEP_FRAMES])
+    lesson = [part.to(device) for part in images]
+
+    def learn(steps: int = 1) -> None:
+        train.train_one_epoch(run, learner, repeat(lesson, steps), lambda step: 1e-6, device)
+
+    found = []
+    for call, number in ((look, len(batch)), (follow, len(batch)), (learn, len(lesson[0]))):
+        seconds = timed(call, calls_for(RATE_SECONDS, call, device), device)
+        found.append(f"{number / seconds:,.0f}")
+    text = (
+        "{} frames/s by the network alone, {} with objects followed in one thread, {} in training"
+    )
+    return True, text.format(*found)
+
+
+CHECKS: dict[str, Callable[[Case], Finding]] = {
+    "labels in float32": lambda case: compare_labels(case, full=True),
+    "labels in bfloat16": lambda case: compare_labels(case, full=False),
+    "a training step in float32": lambda case: compare_step(case, full=True),
+    "a training step in bfloat16": lambda case: compare_step(case, full=False),
+    "resume": resume,
+    "two processes": two_processes,
+    "rates": rates,
+}
+
+
+def report(device: torch.device, ckpt: Path) -> int:
+    """Print a line for each check, and "all well" or what was not; return 0 or 1."""
+    utils.load_checkpoint(ckpt)  # a wrong file is the user's, not the device's
+    bad = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        data = Path(folder, "data")
+        render_videos(data)
+        videos = find_videos(data)
+        frames, masks = ([read(video) for video in videos] for read in (read_video, read_labels))
+        case = Case(device, ckpt, Path(folder), frames, masks)
+        for name, check in CHECKS.items():
+            try:
+                well, text = check(case)
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                well, text = False, f"{type(error).__name__}: {lines[-1].strip()}"
+            word = {True: "well", False: "NOT WELL", None: "left out"}[well]
+            print(f"{name}: {word}: {text}", flush=True)
+            if well is False:
+                bad.append(name)
+    print(f"not well: {', '.join(bad)}" if bad else "all well")
+    return 1 if bad else 0
+
+
+def main() -> None:
+    """Do what `two_processes` has started this for."""
+    data, ckpt, out, name = sys.argv[1:]
+    if figures := label_and_validate(Path(data), Path(ckpt), Path(out), name):
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
