@@ -3,10 +3,12 @@
     python benchmark.py --json benchmark.json                     # networks and scripts
     python benchmark.py --only networks scripts memory --minutes 10    # all of it: hours on 2 cores
     python benchmark.py --only --minutes 5 --networks ours smp-unet-resnet34      # quality alone
+    python benchmark.py --check         # does the project work here? Two minutes, for bug reports
 
 networks   parameters, multiply-adds; inference (bytes to labels) and training (forward, loss,
            backward, optimiser) of whole frames, in the memory format that is faster for each
-scripts    infer.py and train.py end to end, over the network alone and over reading alone
+scripts    infer.py and train.py end to end. infer.py over its bound: the cores over a frame's core
+           time for decoding, network, objects and writing; train.py over its step and its reading
 memory     peak of each network in a process of its own; of infer.py on 20 and on 2,000 videos
 --minutes  trains each network that long with train.py's recipe and gives its validation mIoU
 
@@ -19,10 +21,10 @@ it.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -37,6 +39,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import check
 import infer
 import train
 import utils
@@ -59,6 +62,11 @@ from speed import (
 )
 from videos import find_videos
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 MEMORY_VIDEOS = (20, 2000)
 TRAIN_BATCH = 16  # the default of train.py
 
@@ -75,21 +83,37 @@ def installed(names: Sequence[str]) -> list[str]:
     return found
 
 
-def in_new_process(job: Callable[..., int], *args: Any) -> int:
+def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
     """Return job(*args), run in a process of its own: a peak of memory never falls again."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(job, *args).result()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this process has held: on the GPU, or else in memory (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Unlike getrusage's, this peak is not inherited from the process that started this one.
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes this process has held, on the GPU or else in memory.
+
+    None where nobody counts them: on Windows, and on Apple's GPUs.
+    """
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError):
+            return torch.accelerator.max_memory_allocated(device)
+        return None
+    with contextlib.suppress(FileNotFoundError):  # Linux
+        # Unlike getrusage's, this peak is not inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    return resident("RUSAGE_SELF")
 
 
-def network_peak(name: str, training: bool, batch_size: int, device: torch.device) -> int:
+def resident(whose: str) -> int | None:
+    """Return getrusage's peak in bytes, of RUSAGE_SELF or RUSAGE_CHILDREN; None on Windows."""
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(getattr(resource, whose)).ru_maxrss
+
+
+def network_peak(name: str, training: bool, batch_size: int, device: torch.device) -> int | None:
     """Return the peak of a process that only builds and runs a network, in the best precision."""
     batch = synthetic_batch(batch_size, device)
     call = network_call(name, training, precisions(device)[-1], "channels_last", *batch)
@@ -97,13 +121,13 @@ def network_peak(name: str, training: bool, batch_size: int, device: torch.devic
     return peak_memory(device)
 
 
-def infer_peak(arguments: list[str]) -> int:
+def infer_peak(arguments: list[str]) -> int | None:
     """Return the peak of a process that runs infer.py, and of the largest that decodes for it."""
     sys.argv = ["infer.py", *arguments]
     utils.keep_freed_memory()  # as its run_script does
     infer.main()
-    workers = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak_memory(torch.device("cpu")) + workers
+    peaks = peak_memory(torch.device("cpu")), resident("RUSAGE_CHILDREN")
+    return None if None in peaks else sum(peaks)
 
 
 def measure_memory(
@@ -124,7 +148,11 @@ def measure_memory(
             paths = ["--ckpt", ckpt, "--data", root / "data", "--out", root / "masks"]
             peak = in_new_process(infer_peak, [*map(str, paths), "--device", str(device)])
             rows.append({"what": f"infer.py, {number} videos", "peak_bytes": peak})
-    rows[-1]["over_few_videos"] = rows[-1]["peak_bytes"] / rows[-2]["peak_bytes"]
+    few, many = (row["peak_bytes"] for row in rows[-2:])
+    if few and many:
+        rows[-1]["over_few_videos"] = many / few
+    if any(row["peak_bytes"] is None for row in rows):
+        print("memory is not measured here where a peak is -: nothing counts it", flush=True)
     return rows
 
 
@@ -178,9 +206,9 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Callable]) ->
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def times_ours(value: float | None) -> str:
-    """Write a ratio."""
-    return "-" if value is None else f"{value:.2f} x"
+def if_known(value: float | None, form: str = "{:.2f} x") -> str:
+    """Write a figure, or a dash."""
+    return "-" if value is None else form.format(value)
 
 
 TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
@@ -191,20 +219,22 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
         "GMAC a frame": lambda r: f"{r['multiply_adds'] / 1e9:.2f}",
         "infer, ms a frame": lambda r: f"{r['infer_ms']:.4g}",
         "frames/s": lambda r: f"{1000 / r['infer_ms']:.4g}",
-        "ours is faster": lambda r: times_ours(r["infer_over_ours"]),
+        "ours is faster": lambda r: if_known(r["infer_over_ours"]),
         "train, ms a frame": lambda r: f"{r['train_ms']:.4g}",
         "trained frames/s": lambda r: f"{1000 / r['train_ms']:.4g}",
-        "ours trains faster": lambda r: times_ours(r["train_over_ours"]),
+        "ours trains faster": lambda r: if_known(r["train_over_ours"]),
     },
     "scripts": {
         "what": lambda r: r["what"],
         "frames/s": lambda r: f"{r['frames_per_s']:.4g}",
-        "end to end over it": lambda r: f"{r['end_to_end_over']:.3f}",
+        "core time, ms a frame": lambda r: if_known(r.get("ms_a_frame"), "{:.3f}"),
+        "of all cores": lambda r: if_known(r.get("cores_had"), "{:.0%}"),
+        "end to end over it": lambda r: if_known(r.get("end_to_end_over"), "{:.3f}"),
     },
     "memory": {
         "what": lambda r: r["what"],
-        "peak, MB": lambda r: f"{r['peak_bytes'] / 1e6:.0f}",
-        "over that of few videos": lambda r: times_ours(r.get("over_few_videos")),
+        "peak, MB": lambda r: if_known(r["peak_bytes"] and r["peak_bytes"] / 1e6, "{:.0f}"),
+        "over that of few videos": lambda r: if_known(r.get("over_few_videos")),
     },
     "quality": {
         "network": lambda r: r["network"],
@@ -223,7 +253,12 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: train.py's, rendered)")
-    add("--ckpt", type=Path, help="weights for scripts and memory (default: untrained)")
+    add(
+        "--ckpt",
+        type=Path,
+        help="weights for scripts and memory (default: untrained), or for --check (default: "
+        "those that come with the project)",
+    )
     add("--json", type=Path, help="also write every figure to this file")
     add(
         "--only",
@@ -235,8 +270,9 @@ def parse_args() -> argparse.Namespace:
     add("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="(default: all)")
     add("--minutes", type=float, default=0.0, help="of training for quality (default: none)")
     add("--repeats", type=int, default=5, help="turns of each (default %(default)s)")
-    add("--batch-size", type=int, help="frames a call of a network (default: CPU 4, CUDA 64)")
-    add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
+    add("--batch-size", type=int, help="frames a call of a network (default: CPU 4, GPU 64)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--check", action="store_true", help="say whether all works on this device, and no more")
     args = parser.parse_args()
     if not args.only and not args.minutes:
         parser.error("nothing to measure: give --only a part, or --minutes")
@@ -245,14 +281,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Measure what the command line asks for, one part after another."""
+def main() -> int:
+    """Measure what the command line asks for, one part after another; 1 if --check is not well."""
     args = parse_args()
     device = utils.choose_device(args.device)
-    batch_size = args.batch_size or (64 if device.type == "cuda" else 4)
+    batch_size = args.batch_size or (64 if device.type != "cpu" else 4)
     train_batch = max(TRAIN_BATCH, batch_size)
     header = utils.log_header(device)
     print(header, flush=True)
+    if args.check:
+        return check.report(device, args.ckpt or check.WEIGHTS)
     names = installed(args.networks)
     videos: list[Path] = []
     if args.minutes or set(args.only) - {"networks"}:
@@ -277,6 +315,7 @@ def main() -> None:
             if args.json:  # after every part: the next may take hours
                 with utils.atomic_write(args.json) as file:
                     file.write(f"{json.dumps(result, indent=1)}\n".encode())
+    return 0
 
 
 if __name__ == "__main__":

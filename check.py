@@ -31,7 +31,8 @@ import render
 import train
 import utils
 from augment import augment
-from dataset import CLEVRDataset, ShardedBatches
+from batches import ShardedBatches
+from dataset import CLEVRDataset
 from model import UNet
 from runs import Run
 from speed import INFER_BATCH, calls_for, timed

@@ -1,17 +1,21 @@
 """Speed: networks on frames in memory and the scripts on files, each timed in turns.
 
-This is what benchmark.py measures with a clock. What takes turns, A B A B ..., must share one
-process and one warm machine; peak memory wants a process for each measurement and quality minutes
-of training, so both are in benchmark.py, beside the tables and the command line.
+The bound of infer.py is the cores over the core time of a frame: of its decoding, network, objects
+and writing, each measured by itself with all cores busy.
+
+This is what benchmark.py measures with a clock: what takes turns, A B A B ..., must share one
+process and one warm machine. Memory and quality are in benchmark.py itself.
 """
 
 import math
+import shutil
 import statistics
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,15 @@ import infer
 import train
 import utils
 from augment import augment
-from batches import ShardedBatches, WholeVideos
+from batches import ShardedBatches
 from dataset import CLEVRDataset, split_videos
 from model import UNet
+from objects import Tracks, follow
 from optim import MuonAdamW, learning_rate_at
+from model import UNet
+from objects import Tracks, follow
+from optim import MuonAdamW, learning_rate_at
+from parts import gather
 from peers import NETWORKS, Peer
 from videos import frame_paths, read_video
 
@@ -36,6 +45,7 @@ SIZE = infer.FRAME_SIZE
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
 SCRIPT_SECONDS = 10.0  # of one turn of a script, so that its start-up does not count
 MAX_VIDEOS = 1000  # of one turn of infer.py, however fast the network is
+VIDEOS_IN_MEMORY = 8  # whose frames, and what the network says of them, are kept in memory
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 INFER_BATCH, LEARNING_RATE = 22, 4e-3  # the defaults of infer.py and train.py
 
@@ -54,8 +64,8 @@ def timed(call: Callable[[], Any], number: int, device: torch.device) -> float:
     start = time.perf_counter()
     for _ in range(number):
         call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return (time.perf_counter() - start) / number
 
 
@@ -158,7 +168,11 @@ def linked_videos(videos: list[Path], folder: Path, number: int) -> dict[Path, P
     for k in range(number):
         (folder / f"data/video_{k}").mkdir(parents=True)
         for frame in frame_paths(videos[k % len(videos)]):
-            (folder / f"data/video_{k}/{frame.name}").symlink_to(frame.resolve())
+            link = folder / f"data/video_{k}/{frame.name}"
+            try:
+                link.symlink_to(frame.resolve())
+            except OSError:  # Windows asks for a privilege
+                shutil.copyfile(frame, link)
     return infer.plan(folder / "data", folder / "masks")
 
 
@@ -177,47 +191,129 @@ def rates(times: Times, frames: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
+def in_all_lanes(job: Callable[[Any], Any], items: list[Any], lanes: int, share: int) -> None:
+    """Do job(item) for all items, `lanes` of them at once, each with a `share` of the threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(share)
+    deque(infer.in_lanes(job, items, lanes), maxlen=0)
+    torch.set_num_threads(threads)
+
+
+def core_seconds(call: Callable[[], Any]) -> float:
+    """Return how long this process had cores in a call: waiting, as for the disk, is not in it."""
+    start = time.process_time()
+    call()
+    return max(time.process_time() - start, 1e-9)  # Windows counts in steps of 16 ms
+
+
+def parts_of_infer(
+    model: UNet, targets: dict[Path, Path], device: torch.device
+) -> dict[str, tuple[Callable[[Any], Any], list[Any]]]:
+    """Return what infer.py does with a video, part by part: a job, and an item for each video.
+
+    Only decoding reads files: the items of the others, of few videos, are in memory.
+    """
+
+    @torch.inference_mode()
+    def look(frames: Tensor) -> list[Tensor]:
+        answers = []
+        for batch in frames.split(INFER_BATCH):
+            with utils.mixed_precision(device):
+                answers.append(model.evidence(model.stages(batch.to(device))))
+        return [torch.cat(parts) for parts in zip(*answers, strict=True)]
+
+    @torch.inference_mode()
+    def find(answer: list[Tensor]) -> Tracks:
+        return follow(answer[0], gather(*answer))
+
+    frames = [read_video(video) for video in list(targets)[:VIDEOS_IN_MEMORY]]
+    answers = [[part.cpu() for part in look(video)] for video in frames]
+    tracks = [find(answer) for answer in answers]
+    parts = {
+        "decoding alone": (read_video, targets),
+        "the network alone": (look, [video.to(device) for video in frames]),
+        "objects alone": (find, answers),
+        "writing alone": (
+            lambda item: infer.save(*item, False),
+            zip(targets.values(), cycle(tracks), strict=False),
+        ),
+    }
+    return {what: (job, [*islice(cycle(x), len(targets))]) for what, (job, x) in parts.items()}
+
+
+def bound_of(seconds: dict[str, float], cores: int, device: torch.device) -> float:
+    """Return the most frames/s of infer.py, from the seconds a frame of each of its parts.
+
+    On a CPU all parts share the cores; a GPU has the network, beside them, with its frames at hand.
+    """
+    on_device = 0.0 if device.type == "cpu" else seconds["the network alone"]
+    return 1 / max(on_device, (sum(seconds.values()) - on_device) / cores)
+
+
+def infer_rows(
+    times: Times, core: Times, total: int, cores: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return a row each for infer.py, for its bound and for its parts, of turns of `total` frames.
+
+    `times` are the seconds of each turn, by what was done; `core` those that this process had
+    `cores` for, of what a CPU did.
+    """
+    parts = {what: [t / total for t in core.get(what, times[what])] for what in times}
+    script = parts.pop("infer.py")
+    turns = [dict(zip(parts, turn, strict=True)) for turn in zip(*parts.values(), strict=True)]
+    bounds = [1 / bound_of(turn, cores, device) for turn in turns]
+    ends = {"infer.py": [t / total for t in times["infer.py"]], "its bound": bounds}
+    had = {w: [c / (cores * t) for c, t in zip(core[w], times[w], strict=True)] for w in core}
+    if device.type == "cpu":  # the network waits for nothing but a core that other programs have
+        shares = zip(bounds, had["the network alone"], strict=True)
+        ends["its bound on the cores that others leave"] = [t / share for t, share in shares]
+    rows = rates(ends, dict.fromkeys(ends, 1))
+    for what, turns in parts.items():
+        ms, at_once = 1000 * statistics.median(turns), cores if what in core else 1
+        row = {"what": what, "frames_per_s": 1000 * at_once / ms, "ms_a_frame": ms}
+        rows.append(row | {"seconds_a_frame": turns})
+    if device.type == "cpu":  # elsewhere other processes decode
+        rows[0]["ms_a_frame"] = 1000 * statistics.median(script)
+        for row in (row for row in rows if row["what"] in had):
+            row["cores_had"] = statistics.median(had[row["what"]])
+    return rows
+
+
 def measure_infer(
     model: UNet, videos: list[Path], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return the rates of infer.py, of the network on one batch in memory, and of decoding.
-
-    Decoding is that of infer.py's reading processes, on a CPU of one core.
-    """
-    video = read_video(videos[0])
-    frames = video[torch.arange(INFER_BATCH) % len(video)].to(device)
+    """Return the rate of infer.py, its bound, and the time of each of its parts."""
     model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
+    workers, cores = infer.default_workers(device), utils.usable_cpus()
+    lanes, share = infer.lanes_for(torch.device("cpu"), torch.get_num_threads())
+    cores = min(cores, lanes * share) if device.type == "cpu" else cores
+    core: Times = {}
 
-    def label() -> None:
-        with utils.mixed_precision(device):
-            model.predict(frames)
+    def note(what: str, call: Callable[[], Any]) -> None:
+        core.setdefault(what, []).append(core_seconds(call))
 
-    batches = calls_for(SCRIPT_SECONDS, label, device)
-    workers = infer.default_workers(device)
     with tempfile.TemporaryDirectory() as folder:
-        targets = linked_videos(videos, Path(folder), min(MAX_VIDEOS, batches))
+        one = linked_videos(videos, Path(folder, "one"), 1)
+        look, frames = parts_of_infer(model, one, device)["the network alone"]
+        number = calls_for(SCRIPT_SECONDS, lambda: look(frames[0]), device)
+        targets = linked_videos(videos, Path(folder, "all"), min(MAX_VIDEOS, number))
         total = sum(len(frame_paths(video)) for video in targets)
-
-        def read() -> None:
-            whole = WholeVideos(CLEVRDataset(list(targets), labelled=False))
-            one_by_one = [[v] for v in range(len(whole))]
-            deque(whole.loader(one_by_one, workers, pin=False), maxlen=0)
-
-        calls = {
-            "infer.py": lambda: infer.label_videos(model, targets, device, INFER_BATCH, workers),
-            "the network alone": label,
-            "decoding alone": read,
-        }
-        numbers = {"infer.py": 1, "the network alone": batches, "decoding alone": 1}
-        times = take_turns(calls, numbers, repeats, device)
-    return rates(times, dict.fromkeys(calls, total) | {"the network alone": INFER_BATCH})
+        script = partial(infer.label_videos, model, targets, device, INFER_BATCH, workers)
+        calls: dict[str, Callable[[], Any]] = {"infer.py": partial(note, "infer.py", script)}
+        for what, part in parts_of_infer(model, targets, device).items():
+            at_once = max(1, cores // share)
+            calls[what] = partial(note, what, partial(in_all_lanes, *part, at_once, share))
+            if what == "the network alone" and device.type != "cpu":
+                calls[what] = partial(in_all_lanes, *part, 1, share)
+        times = take_turns(calls, dict.fromkeys(calls, 1), repeats, device)
+    return infer_rows(times, core, total, cores, device)
 
 
 def train_loader(
     dataset: CLEVRDataset, batches: Iterable[list[int]], device: torch.device
 ) -> DataLoader:
     """Return a DataLoader as train.py's is by default."""
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=device.type == "cuda")
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=device.type not in ("cpu", "mps"))
 
 
 def schedule(total_steps: float) -> Callable[[int], float]:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import speed
 import train
 from model import UNet
 from render import render_video
+from videos import frame_paths
 
 CPU = torch.device("cpu")
 TINY = {"ours": lambda: UNet(widths=(4, 8)), "classic": lambda: peers.classic_unet(width=4)}
@@ -51,6 +54,60 @@ def test_rates_by_hand():
     first, alone = speed.rates(times, {"end to end": 100, "alone": 40})
     assert (first["frames_per_s"], first["end_to_end_over"]) == (50, 1)
     assert (alone["frames_per_s"], alone["end_to_end_over"]) == (80, pytest.approx(50 / 80))
+
+
+PARTS = ("decoding alone", "the network alone", "objects alone", "writing alone")
+
+
+def test_the_bound_by_hand():
+    seconds = dict(zip(PARTS, (1e-3, 4e-3, 2e-3, 1e-3), strict=True))
+    assert speed.bound_of(seconds, 2, CPU) == pytest.approx(2 / 8e-3)
+    for cores, bound in ((1, 1 / 4e-3), (2, 1 / 4e-3), (16, 1 / 4e-3)):
+        assert speed.bound_of(seconds, cores, torch.device("cuda")) == pytest.approx(bound)
+    seconds["the network alone"] = 1e-3
+    assert speed.bound_of(seconds, 2, torch.device("cuda")) == pytest.approx(2 / 4e-3)
+
+
+def test_rows_of_infer_by_hand():
+    """100 frames on 2 cores, of which other programs take half."""
+    core = {"infer.py": [0.9], **dict(zip(PARTS, ([0.1], [0.5], [0.2], [0.1]), strict=True))}
+    times = {"infer.py": [1.0], **dict(zip(PARTS, ([0.1], [0.5], [0.2], [0.4]), strict=True))}
+    rows = {row["what"]: row for row in speed.infer_rows(times, core, 100, 2, CPU)}
+    assert list(rows)[3:] == list(PARTS)
+    assert rows["infer.py"]["frames_per_s"] == 100
+    assert rows["infer.py"]["ms_a_frame"] == pytest.approx(9)
+    assert rows["its bound"]["frames_per_s"] == pytest.approx(2 / 9e-3)
+    assert rows["its bound"]["end_to_end_over"] == pytest.approx(0.45)
+    left = rows["its bound on the cores that others leave"]
+    assert left["end_to_end_over"] == pytest.approx(0.9)
+    assert rows["the network alone"]["frames_per_s"] == pytest.approx(400)
+    assert rows["writing alone"]["cores_had"] == pytest.approx(0.125)
+    del core["the network alone"]  # a GPU's: 5 ms of its time, where two cores need 2
+    rows = {row["what"]: row for row in speed.infer_rows(times, core, 100, 2, torch.device("cuda"))}
+    assert rows["its bound"]["frames_per_s"] == pytest.approx(200)
+    assert rows["the network alone"]["frames_per_s"] == pytest.approx(200)
+    assert "cores_had" not in rows["infer.py"]
+
+
+def test_core_time_is_not_that_of_waiting():
+    assert speed.core_seconds(lambda: time.sleep(0.3)) < 0.1
+    start = time.process_time()
+
+    def busy(_: int) -> None:
+        while time.process_time() < start + 0.1:
+            pass
+
+    assert speed.core_seconds(lambda: speed.in_all_lanes(busy, [1, 2, 3], 2, 1)) >= 0.09
+
+
+@pytest.mark.usefixtures("tiny")
+def test_videos_are_copied_where_links_are_not_allowed(data, tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError("a required privilege is not held")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    targets = speed.linked_videos(sorted(data.iterdir()), tmp_path / "copies", 3)
+    assert [len(frame_paths(video)) for video in targets] == [3, 3, 3]
 
 
 def test_multiply_adds_by_hand():
@@ -162,8 +219,13 @@ def test_a_tiny_run_writes_every_part(data, tmp_path, call):
         assert len(row["infer_batch_s"]) == len(row["train_batch_s"]) == 2
         if row["network"] == "ours":
             assert row["infer_over_ours"] == row["train_over_ours"] == 1
-    scripts = {row["what"]: row["end_to_end_over"] for row in result["scripts"]}
-    assert scripts["infer.py"] == scripts["train.py"] == 1
+    scripts = {row["what"]: row for row in result["scripts"]}
+    assert scripts["infer.py"]["end_to_end_over"] == scripts["train.py"]["end_to_end_over"] == 1
+    over = scripts["infer.py"]["frames_per_s"] / scripts["its bound"]["frames_per_s"]
+    assert scripts["its bound"]["end_to_end_over"] == pytest.approx(over)
+    for part in ("decoding", "the network", "objects", "writing"):
+        assert scripts[f"{part} alone"]["ms_a_frame"] > 0
+        assert len(scripts[f"{part} alone"]["seconds_a_frame"]) == 2
     for part in ("networks", "scripts", "quality"):
         assert f"| {' | '.join(benchmark.TABLES[part])} |" in printed
 
@@ -173,3 +235,27 @@ def test_memory_is_that_of_a_process_of_its_own():
     here = benchmark.peak_memory(CPU)
     there = benchmark.in_new_process(benchmark.peak_memory, CPU)
     assert 2**26 < there < here
+
+
+def test_memory_where_there_is_no_proc(monkeypatch):
+    """macOS counts in bytes, Windows not at all, and a GPU may not."""
+    resource = pytest.importorskip("resource")
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    linux = benchmark.peak_memory(CPU)
+    assert linux == 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert benchmark.peak_memory(CPU) == pytest.approx(linux / 1024, rel=0.1)
+    monkeypatch.setattr(benchmark, "resource", None)
+    assert benchmark.peak_memory(CPU) is None
+
+    def refuse(device: torch.device) -> int:
+        raise RuntimeError("not counted")
+
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", refuse)
+    assert benchmark.peak_memory(torch.device("mps")) is None
+    row = {"what": "ours", "peak_bytes": None}
+    assert benchmark.table([row], benchmark.TABLES["memory"]).endswith("| ours | - | - |")
