@@ -34,9 +34,6 @@ from dataset import CLEVRDataset, split_videos
 from model import UNet
 from objects import Tracks, follow
 from optim import MuonAdamW, learning_rate_at
-from model import UNet
-from objects import Tracks, follow
-from optim import MuonAdamW, learning_rate_at
 from parts import gather
 from peers import NETWORKS, Peer
 from videos import frame_paths, read_video

@@ -63,7 +63,8 @@ import pretend
 pretend.install()
 import benchmark, check, test_check, utils
 check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
-utils.run_script(benchmark.main)
+if __name__ == "__main__":
+    utils.run_script(benchmark.main)
 """
 
 
