@@ -179,7 +179,8 @@ def run_train(case: Case, out: str, stop: bool = False, resume: bool = False) ->
             raise Interrupted
         return validate(*args, **options)
 
-    options = f"--num-epochs 2 --batch-size 4 --no-cache --widths 8 16 --device {case.device}"
+    options = f"--num-epochs 2 --batch-size 4 --no-cache --workers 0 --device {case.device} "
+    options += "--widths 8 16 --deterministic"
     paths = ["--data", str(case.folder / "data"), "--out", str(last.parent)]
     sys.argv = ["train.py", *paths, *options.split(), *["--resume"] * resume]
     train.validate = validate_or_stop
@@ -228,7 +229,7 @@ def two_processes(case: Case) -> Finding:
     if not on_cpu and torch.accelerator.device_count() < 2:
         return None, f"there is one {case.device.type} device"
     data, one, two = case.folder / "data", case.folder / "one", case.folder / "two"
-    name = case.device.type
+    name = str(case.device)  # of several processes each gets its own
     figures = label_and_validate(data, case.ckpt, one, name)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, __file__, *map(str, (data, case.ckpt, two, name))]

@@ -61,9 +61,9 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pretend
 pretend.install()
+import benchmark, check, test_check, utils
+check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
 if __name__ == "__main__":
-    import benchmark, check, test_check, utils
-    check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
     utils.run_script(benchmark.main)
 """
 
