@@ -215,10 +215,10 @@ def test_overfits_one_video_through_all_scripts(tmp_path):
     (tmp_path / "data").mkdir()
     for part in ("train", "val"):
         (tmp_path / "data" / part).symlink_to(tmp_path / "one")
-    train_command = ["--data", "data", "--num-epochs", 40, "--batch-size", 4]
+    train_command = ["--data", "data", "--num-epochs", 25, "--batch-size", 4]
     result = run("train.py", *train_command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_40.pt"
+    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_25.pt"
     result = run("infer.py", "--ckpt", checkpoint, "--out", "masks", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     result = run(
@@ -230,13 +230,15 @@ def test_overfits_one_video_through_all_scripts(tmp_path):
 
 VALIDATE = """
 import json, sys, torch, train
+from batches import ShardedBatches
+from dataset import CLEVRDataset
+from model import UNet
+from torch.utils.data import DataLoader
 from utils import Processes
 processes = Processes(torch.device("cpu"))
-data = train.CLEVRDataset(sys.argv[2])
-batches = train.ShardedBatches(len(data), 31, processes, shuffle=False)
-loader = train.DataLoader(data, batch_sampler=batches)
-model = train.UNet.load(sys.argv[1])
-figures = train.validate(model, loader, processes.device, processes)
+data = CLEVRDataset(sys.argv[2])
+loader = DataLoader(data, batch_sampler=ShardedBatches(len(data), 31, processes, shuffle=False))
+figures = train.validate(UNet.load(sys.argv[1]), loader, processes.device, processes)
 if processes.first:
     print(json.dumps(figures))
 """
