@@ -59,11 +59,13 @@ class MeanLoss:
         return loss
 
     def mean(self) -> float:
-        """Look, return the mean since it was last asked for, and begin anew."""
+        """Look, and return the mean of the epoch so far, which a stop in validation saves."""
         self.look()
-        mean = self.total / max(1, self.steps)
+        return self.total / max(1, self.steps)
+
+    def begin(self) -> None:
+        """Begin an epoch."""
         self.total, self.steps = 0.0, 0
-        return mean
 
 
 @dataclass

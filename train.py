@@ -282,6 +282,7 @@ def main() -> None:
                 run.average, val_loader, device, processes, keeper.attend_validation
             )
             run.epoch, run.done = run.epoch + 1, 0
+            run.loss.begin()
             if processes.first:
                 log.add(figures | {"epoch": run.epoch})
                 run.save(args.out, figures, args.num_epochs, args.batch_size)

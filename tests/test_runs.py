@@ -23,4 +23,5 @@ def test_the_mean_loss_does_not_depend_on_when_it_is_looked_at():
         if i % 7 == 0:
             often.look()
     assert often.mean() == once.mean() == pytest.approx(values.mean().item(), rel=1e-6)
+    once.begin()
     assert (once.total, once.steps) == (0.0, 0)
