@@ -10,10 +10,11 @@ networks   parameters, multiply-adds; inference (bytes to labels) and training (
 scripts    infer.py and train.py end to end. infer.py over its bound: the cores over a frame's core
            time for decoding, network, objects and writing; train.py over its step and its reading
 memory     peak of each network in a process of its own; of infer.py on 20 and on 2,000 videos
---minutes  trains each network that long with train.py's recipe and gives its validation mIoU
+--minutes  trains each network that long with train.py's recipe; its validation mIoU, frame by frame
+           and through objects.py, and after how many minutes it saw 0.9 of the objects (quality.py)
 
 What is compared runs in one process in turns, A B A B ..., and the figures are medians: that is in
-speed.py, which holds the clock, while what needs no clock, memory and quality, is here. "ours" is
+speed.py, which holds the clock, while memory, which needs none, is here. "ours" is
 `UNet()`, "classic" the UNet of 2015, smp segmentation-models-pytorch, the rest torchvision, all in
 peers.py; none is pretrained, and for inference all have their batch normalisation folded. "fp32" is
 PyTorch's default (convolutions on CUDA use TF32), "bf16" what the scripts do where the hardware has
@@ -27,26 +28,20 @@ import json
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 import check
 import infer
-import train
 import utils
-from batches import ShardedBatches
-from dataset import CLEVRDataset, split_videos
 from model import UNet
 from peers import NETWORKS
+from quality import measure_quality
 from render import DEMO_DATA, render_demo
 from speed import (
     linked_videos,
@@ -55,10 +50,8 @@ from speed import (
     measure_train,
     network_call,
     precisions,
-    schedule,
     synthetic_batch,
     timed,
-    train_loader,
 )
 from videos import find_videos
 
@@ -156,49 +149,6 @@ def measure_memory(
     return rows
 
 
-def endless(loader: DataLoader) -> Iterator[Any]:
-    """Yield the batches of epoch after epoch, each in another order."""
-    for loader.batch_sampler.epoch in count():
-        yield from loader
-
-
-def train_for(
-    minutes: float, model: nn.Module, loader: DataLoader, device: torch.device
-) -> train.Run:
-    """Train a network for `minutes` with train.py's recipe.
-
-    The learning rate goes by the time that has passed, so that each completes its schedule.
-    """
-    run, stream, start = train.Run.start(model), endless(loader), time.perf_counter()
-    while (passed := (time.perf_counter() - start) / (60 * minutes)) < 1:
-        total = run.step / passed if run.step else 1.0  # steps, at the pace so far
-        number = max(1, int(total / 200))  # how many until the next look at the clock
-        rate_at = schedule(max(total, run.step + number))
-        train.train_one_epoch(run, model, islice(stream, number), rate_at, device)
-    return run
-
-
-def measure_quality(
-    names: list[str], data: Path, minutes: float, batch_size: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """Train each network for `minutes`; return its validation figures."""
-    processes = utils.Processes(device)
-    training, validation = map(CLEVRDataset, split_videos(data, 0))
-    val_batches = ShardedBatches(len(validation), 2 * batch_size, processes, False)
-    val_loader = train_loader(validation, val_batches, device)
-    rows = []
-    for name in names:
-        utils.seed_everything(0, deterministic=device.type == "cpu")
-        batches = ShardedBatches(len(training), batch_size, processes, True)
-        loader = train_loader(training, batches, device)
-        run = train_for(minutes, NETWORKS[name]().to(device), loader, device)
-        figures = train.validate(run.average, val_loader, device, processes)
-        rows.append({"network": name, "minutes": minutes, "steps": run.step, **figures})
-        rows[-1]["frames"] = run.step * min(batch_size, len(training))
-        print(f"{name}: mIoU {figures['miou']:.3f} after {run.step} steps", flush=True)
-    return rows
-
-
 def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Callable]) -> str:
     """Return a Markdown table of `columns`: title -> what to write for a row."""
     cells = [list(columns), ["---"] * len(columns)]
@@ -241,7 +191,9 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
         "minutes": lambda r: f"{r['minutes']:g}",
         "frames seen": lambda r: r["frames"],
         "validation mIoU": lambda r: f"{r['miou']:.4f}",
+        "through objects.py": lambda r: f"{r['tracked_miou']:.4f}",
         "object IoU": lambda r: f"{r['foreground_iou']:.4f}",
+        "minutes until it was 0.9": lambda r: if_known(r["minutes_until_seen"], "{:.1f}"),
     },
 }
 

@@ -215,6 +215,8 @@ def test_a_tiny_run_writes_every_part(data, tmp_path, call):
     assert set(result) == {"header", "batch_size", "networks", "scripts", "quality"}
     assert [row["network"] for row in result["quality"]] == list(TINY)
     assert all(row["steps"] > 0 and 0 <= row["miou"] <= 1 for row in result["quality"])
+    assert all(0 <= row["tracked_video_miou"] <= 1 for row in result["quality"])
+    assert all(row["curve"][-1][0] >= 0.02 for row in result["quality"]), "looked at the end"
     for row in result["networks"]:
         assert len(row["infer_batch_s"]) == len(row["train_batch_s"]) == 2
         if row["network"] == "ours":

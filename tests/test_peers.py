@@ -111,3 +111,19 @@ def test_a_peer_lays_out_its_input(layout):
     model.network.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model.predict(batch()[0])
     assert seen[0].is_contiguous(memory_format=layout)
+
+
+def test_what_a_peer_says_of_an_object_by_hand():
+    """Three red and one cyan metal cube, and a cell of background, of 2 x 2 pixels each."""
+    logits = torch.full((1, 49, 2, 4), -50.0)
+    logits[0, 0] = 0.0
+    red, cyan = 1 + 1, 1 + 5  # metal cubes
+    logits[0, red, :, :2], logits[0, cyan, :, :2] = 8.0, 4.0
+    things, kinds = peers.Peer(torch.nn.Identity()).evidence(logits)
+    assert things.tolist() == [[[True, True, False, False]] * 2]
+    assert kinds.shape == (1, 13, 1, 2)
+    shape, material, colour = kinds[0, :, 0, 0].split((3, 2, 8))
+    assert (shape.argmax(), material.argmax(), colour.argmax()) == (0, 0, 1)
+    assert colour[1] - colour[5] == pytest.approx(4.0)
+    both = torch.tensor([8.0, 4.0]).logsumexp(0)  # either way it is a cube, and metal
+    assert shape[0] == pytest.approx(both.item()) and material[0] == pytest.approx(both.item())

@@ -1,0 +1,121 @@
+"""How good each network is after the same minutes of train.py's recipe: `benchmark.py --minutes`.
+
+The clock stands still while a network is looked at. On a CPU it counts the time for which this
+process had cores, shared by its threads, so that other programs take nothing from a network.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import infer
+import train
+import utils
+from batches import ShardedBatches
+from dataset import CLEVRDataset, split_videos
+from evaluate import Tally
+from peers import NETWORKS
+from speed import INFER_BATCH, schedule, train_loader
+
+LOOKS = 40  # at a network while it learns
+LOOK_AT = 44  # validation frames, evenly apart
+SEEN = 0.9  # of object IoU: about where masks begin to be of use
+
+
+def clock(device: torch.device) -> float:
+    """Return seconds of this process's work, the clock of `--minutes`."""
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    return time.perf_counter()
+
+
+def endless(loader: DataLoader) -> Iterator[Any]:
+    """Yield the batches of epoch after epoch, each in another order."""
+    for loader.batch_sampler.epoch in count():
+        yield from loader
+
+
+def train_for(
+    minutes: float,
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    look: Callable[[float, train.Run], None],
+) -> train.Run:
+    """Train a network for `minutes` with train.py's recipe; `look(minutes so far, run)` at times.
+
+    The learning rate goes by the time that has passed, so that each completes its schedule.
+    """
+    run, stream, passed, looks = train.Run.start(model), endless(loader), 0.0, 0
+    while passed < 1:
+        start = clock(device)
+        total = run.step / passed if run.step else 1.0  # steps, at the pace so far
+        number = max(1, int(total / 200))  # how many until the next look at the clock
+        rate_at = schedule(max(total, run.step + number))
+        train.train_one_epoch(run, model, islice(stream, number), rate_at, device)
+        passed += max(clock(device) - start, 1e-9) / (60 * minutes)
+        if int(LOOKS * passed) > looks:
+            looks = int(LOOKS * passed)
+            look(minutes * passed, run)
+    return run
+
+
+@torch.inference_mode()
+def label_whole(
+    model: nn.Module, data: CLEVRDataset, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name, the true and the predicted labels (T, H, W) of each video, as infer.py's."""
+    for v, video in enumerate(data.videos):
+        frames = data.video(v)
+        truth = torch.stack([data[i][1] for i in (data.index[:, 0] == v).nonzero()[0]])
+        yield video.name, truth, infer.label(model, [frames], device, INFER_BATCH, True)[0].labels
+
+
+def measure_quality(
+    names: list[str], data: Path, minutes: float, batch_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Train each network for `minutes`; return its validation figures.
+
+    Frame by frame as of train.py, through objects.py as of evaluate.py (keys tracked_miou,
+    tracked_video_miou), and the minutes after which its object IoU first was SEEN.
+    """
+    processes = utils.Processes(device)
+    training, validation = map(CLEVRDataset, split_videos(data, 0))
+    few = Subset(validation, range(0, len(validation), max(1, len(validation) // LOOK_AT)))
+
+    def load(frames: CLEVRDataset | Subset, size: int, shuffle: bool) -> DataLoader:
+        batches = ShardedBatches(len(frames), size, processes, shuffle)
+        return train_loader(frames, batches, device)
+
+    rows = []
+    for name in names:
+        utils.seed_everything(0, deterministic=device.type == "cpu")
+        curve: list[tuple[float, float]] = []
+
+        def look(spent: float, run: train.Run, curve: list = curve) -> None:
+            figures = train.validate(run.average, load(few, batch_size, False), device, processes)
+            curve.append((spent, figures["foreground_iou"] or 0.0))
+
+        loader = load(training, batch_size, True)
+        run = train_for(minutes, NETWORKS[name]().to(device), loader, device, look)
+        figures = train.validate(
+            run.average, load(validation, 2 * batch_size, False), device, processes
+        )
+        tally, network = Tally(), copy.deepcopy(run.average).eval()
+        for video in label_whole(network, validation, device):
+            tally.add(*video)
+        tracked = tally.figures()
+        rows.append({"network": name, "minutes": minutes, "steps": run.step, **figures})
+        rows[-1] |= {f"tracked_{key}": tracked[key] for key in ("miou", "video_miou")}
+        rows[-1]["frames"] = run.step * min(batch_size, len(training))
+        rows[-1]["curve"] = curve
+        rows[-1]["minutes_until_seen"] = next((t for t, iou in curve if iou >= SEEN), None)
+        print(f"{name}: mIoU {figures['miou']:.3f} after {run.step} steps", flush=True)
+    return rows
