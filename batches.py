@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dataset import CLEVRDataset, split_videos
 from utils import Processes, UserError, usable_cpus
 
+MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
+
 
 class ShardedBatches(Sampler[list[int]]):
     """Batches of frame numbers; each process gets its share of every batch.
@@ -141,17 +143,20 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
         yield group
 
 
-def choose_workers(asked: int | None, batch: int, processes: Processes) -> int:
+def choose_workers(
+    asked: int | None, batch: int, processes: Processes, most: int = MAX_READERS
+) -> int:
     """Return how many processes read for this one: no more than there are cores and memory for.
 
     Args:
         asked: How many the user wants; None: the default.
         batch: Bytes of what is read ahead once, of all processes together.
         processes: Those that share this machine's cores and shared memory.
+        most: The default has no more.
     """
     if asked is None:
         cores = usable_cpus() // processes.local_count - 1  # one feeds the device
-        asked = 0 if processes.device.type == "cpu" else min(4, max(0, cores))
+        asked = 0 if processes.device.type == "cpu" else min(most, max(0, cores))
     shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
     if not asked or not shared.is_dir():
         return asked

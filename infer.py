@@ -15,6 +15,7 @@ by itself.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import WholeVideos, fill_batches
+from batches import WholeVideos, choose_workers, fill_batches
 from dataset import CLEVRDataset
 from model import UNet
 from objects import Row, Tracks, follow, table
@@ -50,9 +51,8 @@ from utils import (
     log_header,
     mixed_precision,
     run_script,
-    usable_cpus,
 )
-from videos import find_videos, frame_paths, read_mask
+from videos import find_videos, frame_paths, read_frame, read_mask
 
 FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, which --compile makes ready for
 TABLE = "objects.csv"  # beside mask.npy
@@ -184,12 +184,15 @@ def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Ite
             yield ahead.popleft().result()
 
 
-def default_workers(device: torch.device) -> int:
-    """Return how many processes decode PNGs, at about 1,000 frames/s each.
+def decoders(targets: dict[Path, Path], asked: int | None, size: int, processes: Processes) -> int:
+    """Return how many processes decode PNGs, at about 1,000 frames/s each; on a CPU lanes do.
 
-    A GPU labels faster than many can decode; on a CPU each lane decodes what it labels.
+    Each reads batches of `size` frames ahead, as large as the first frame of the first target.
     """
-    return min(MAX_WORKERS, usable_cpus()) if device.type != "cpu" else 0
+    frame = 3 * math.prod(FRAME_SIZE)  # bytes
+    with contextlib.suppress(UserError, StopIteration):
+        frame = read_frame(frame_paths(next(iter(targets)))[0]).numel()
+    return choose_workers(asked, size * frame * processes.count, processes, MAX_WORKERS)
 
 
 def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
@@ -273,7 +276,7 @@ def main() -> int:
             targets = unfinished(targets, args.objects)
             print(f"{found - len(targets)} of {found} videos have their masks already")
     targets = share_out(targets, processes)
-    workers = default_workers(device) if args.workers is None else args.workers
+    workers = decoders(targets, args.workers, args.batch_size, processes)
     start = time.perf_counter()
     try:
         done, frames, faults = label_videos(

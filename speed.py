@@ -281,7 +281,7 @@ def measure_infer(
 ) -> list[dict[str, Any]]:
     """Return the rate of infer.py, its bound, and the time of each of its parts."""
     model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
-    workers, cores = infer.default_workers(device), utils.usable_cpus()
+    cores = utils.usable_cpus()
     lanes, share = infer.lanes_for(torch.device("cpu"), torch.get_num_threads())
     cores = min(cores, lanes * share) if device.type == "cpu" else cores
     core: Times = {}
@@ -295,6 +295,7 @@ def measure_infer(
         number = calls_for(SCRIPT_SECONDS, lambda: look(frames[0]), device)
         targets = linked_videos(videos, Path(folder, "all"), min(MAX_VIDEOS, number))
         total = sum(len(frame_paths(video)) for video in targets)
+        workers = infer.decoders(targets, None, INFER_BATCH, utils.Processes(device))
         script = partial(infer.label_videos, model, targets, device, INFER_BATCH, workers)
         calls: dict[str, Callable[[], Any]] = {"infer.py": partial(note, "infer.py", script)}
         for what, part in parts_of_infer(model, targets, device).items():

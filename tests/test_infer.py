@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conftest import run as run_alone
 from conftest import write_video as write_frames
 from PIL import Image
 
+import batches
 import infer
 from batches import fill_batches
 from classes import CLASS_NAMES
@@ -26,7 +28,7 @@ from model import UNet
 from objects import follow
 from parts import gather
 from render import render_video
-from utils import mixed_precision, save_checkpoint
+from utils import Processes, mixed_precision, save_checkpoint
 
 SCRIPT = ROOT / "infer.py"
 
@@ -499,3 +501,17 @@ def test_few_wait_their_turn():
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     assert len(taken) <= 3 + 2 * 2 + 1
     assert list(results) == list(range(3, 100))
+
+
+def test_decoders_are_those_that_the_machine_has_room_for(tmp_path, monkeypatch, capsys):
+    """8 cores and 40 MB for two processes with a GPU each, and for frames of their real size."""
+    write_video(tmp_path / "video_1", 2, size=(320, 480))
+    processes = Processes(torch.device("cpu"))
+    targets = {tmp_path / "video_1": tmp_path / "mask.npy"}
+    assert infer.decoders(targets, None, 22, processes) == 0, "on a CPU each lane decodes"
+    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
+    monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 10**7))
+    assert infer.decoders({}, None, 22, processes) == 3  # of its 4 cores, one launches
+    assert infer.decoders(targets, None, 22, processes) == 0, "10 MB a batch, two of each ahead"
+    assert "enough for 0 workers, not 3" in capsys.readouterr().out

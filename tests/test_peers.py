@@ -126,4 +126,5 @@ def test_what_a_peer_says_of_an_object_by_hand():
     assert (shape.argmax(), material.argmax(), colour.argmax()) == (0, 0, 1)
     assert colour[1] - colour[5] == pytest.approx(4.0)
     both = torch.tensor([8.0, 4.0]).logsumexp(0)  # either way it is a cube, and metal
-    assert shape[0] == pytest.approx(both.item()) and material[0] == pytest.approx(both.item())
+    assert shape[0] == pytest.approx(both.item())
+    assert material[0] == pytest.approx(both.item())
