@@ -16,6 +16,7 @@ state saved.
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,7 @@ def main() -> None:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
     parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
         log = Log(args.out, run.epoch)

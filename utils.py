@@ -38,8 +38,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status.
 
     `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
-    130, a reader that has gone (`| head`) with 141, `Stopped` with its own. Anything else is a bug
-    and keeps its traceback.
+    130, a reader that has gone (`| head`) with 141, `Stopped` with its own; of several processes
+    those that another has left alone exit with 1. Anything else is a bug and keeps its traceback.
     """
     keep_freed_memory()
     try:
@@ -60,6 +60,22 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if not _left_alone(error):
+            raise
+        print(
+            "error: another process of this run has ended, and what it said tells why; "
+            "what was saved is whole: go on with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _left_alone(error: RuntimeError) -> bool:
+    """Return whether an error is that of a connection to a process that has gone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _leave_group() -> None:

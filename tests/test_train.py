@@ -165,6 +165,36 @@ def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, t
     assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
 
 
+ALONE = """
+import os, signal, sys, train, utils
+train.Keeper.attend = lambda keeper: (
+    end() if keeper.run.step == 7 and keeper.processes.rank == 1 else None
+)
+
+def end():
+    if HOW == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise utils.UserError("something is wrong with process 1: mend it")
+
+train.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "fails"])
+def test_processes_that_one_leaves_alone_end_with_a_sentence(videos, tmp_path, how):
+    """In the second epoch; what the first one saved is whole."""
+    (tmp_path / "alone.py").write_text(ALONE.replace("HOW", repr(how)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
+    options = {"launcher": torchrun(3), "env": environment, "timeout": 60}
+    result = run(tmp_path / "alone.py", *command, **options)
+    assert result.returncode == 1
+    assert "another process of this run has ended" in result.stderr
+    assert ("something is wrong with process 1" in result.stderr) == (how == "fails")
+    assert "[rank" not in result.stderr, "a traceback of one of them"
+    assert load_checkpoint(tmp_path / LAST)["epoch"] == 1
+
+
 def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path):
     """As on two machines that share no --out."""
     script = "import os, sys, train\nsys.argv[2] += os.environ['RANK']\n"
@@ -250,14 +280,14 @@ def test_processes_validate_to_the_last_count_like_one(finished, videos, tmp_pat
     script.write_text(VALIDATE)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     figures = []
-    for launcher in ((), torchrun(3)):
+    for launcher in ((), torchrun(5)):
         arguments = (finished / "Unet_checkpoint_best.pt", videos)
         result = run(script, *arguments, launcher=launcher, env=environment)
         assert result.returncode == 0, result.stderr[-3000:]
         figures.append(json.loads(result.stdout.splitlines()[-1]))
-    one, three = figures
-    assert three.pop("val_loss") == pytest.approx(one.pop("val_loss"), rel=1e-5)
-    assert one == three
+    one, five = figures
+    assert five.pop("val_loss") == pytest.approx(one.pop("val_loss"), rel=1e-5)
+    assert one == five
     assert sum(one["pixels"].values()) == 32 * 160 * 240
 
 
