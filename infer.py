@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from batches import WholeVideos, choose_workers, fill_batches
 from dataset import CLEVRDataset
-from model import UNet
+from model import UNet, for_labelling
 from objects import Row, Tracks, follow, table
 from parts import gather, occupied
 from utils import (
@@ -46,7 +46,6 @@ from utils import (
     choose_device,
     compile_network,
     delete_scraps,
-    has_bfloat16,
     load_checkpoint,
     log_header,
     mixed_precision,
@@ -309,9 +308,7 @@ def main() -> int:
 
 def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: bool) -> UNet:
     """Return the network on its device, fused and, if it can be, compiled."""
-    model = model.to(device, memory_format=torch.channels_last).eval().fuse()
-    if has_bfloat16(device):  # once, not in every batch
-        model = model.bfloat16()
+    model = for_labelling(model, device)
     if compiled:
         size = (batch_size, 3, *FRAME_SIZE)
         threads = torch.get_num_threads()

@@ -14,6 +14,7 @@ state saved.
 """
 
 import argparse
+import copy
 import math
 import time
 import warnings
@@ -31,7 +32,7 @@ from batches import load_data
 from classes import NUM_CLASSES
 from log import Log
 from metrics import confusion_matrix, summarise
-from model import UNet
+from model import UNet, for_labelling
 from optim import learning_rate_at, scaled_rate, update_average
 from render import DEMO_DATA, render_demo
 from runs import LAST, Keeper, Run
@@ -176,9 +177,10 @@ def validate(
 ) -> dict[str, Any]:
     """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once.
 
-    `attend` is called after every batch.
+    They are those of the network as infer.py uses it; `model` stays as it is. `attend` is called
+    after every batch.
     """
-    model.eval()
+    model = for_labelling(copy.deepcopy(model), device)
     confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
     losses = [torch.zeros(0, device=device)]
     for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
