@@ -184,7 +184,7 @@ class UNet(nn.Module):
             Stage(*(_cut(part, height, width, cell) for part in stage))
             for stage, cell in zip(found, widths, strict=True)
         ]
-        return [*found[:-1], found[-1]._replace(thing=_cut(thing, height, width, 1))]
+        return [*found[:-1], Stage(_cut(thing, height, width, 1), found[-1].kind)]
 
     def _fold(self, frames: Tensor) -> Tensor:
         """Scale frames to about [-2, 2], add local contrast, pad to what the stages need, fold.
