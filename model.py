@@ -174,17 +174,18 @@ class UNet(nn.Module):
         for up, stage, head in zip(self.up, self.decoder, self.heads, strict=True):
             x = stage(up(x).add_(skips.pop()))  # (B, widths[i], H/2^(i+1), W/2^(i+1))
             thing, kind = _split_head(head, x)  # (B, 1, h, w), of the last 4, and (B, 13, h, w)
-            if found:  # a finer stage only corrects the coarser one
-                thing = thing + _double(found[-1].thing)
-                kind = kind + _double(found[-1].kind)
+            coarse = Stage(*map(_double, found[-1])) if found else None
+            kind = kind + coarse.kind if coarse else kind  # a finer stage only corrects it
+            if head is self.heads[-1]:
+                thing = _to_pixels(thing, coarse.thing if coarse else None)  # (B, 1, H, W)
+            elif coarse:
+                thing = thing + coarse.thing
             found.append(Stage(thing, kind))
-        thing = F.pixel_shuffle(found[-1].thing, FOLD)  # (B, 1, H, W)
-        widths = [FOLD ** (len(found) - i) for i in range(len(found))]  # of cells, in pixels
-        found = [
-            Stage(*(_cut(part, height, width, cell) for part in stage))
-            for stage, cell in zip(found, widths, strict=True)
+        cells = [FOLD ** (len(found) - i) for i in range(len(found))]  # their widths, in pixels
+        return [
+            Stage(_cut(thing, height, width, pixels), _cut(kind, height, width, cell))
+            for (thing, kind), pixels, cell in zip(found, [*cells[:-1], 1], cells, strict=True)
         ]
-        return [*found[:-1], Stage(_cut(thing, height, width, 1), found[-1].kind)]
 
     def _fold(self, frames: Tensor) -> Tensor:
         """Scale frames to about [-2, 2], add local contrast, pad to what the stages need, fold.
@@ -195,19 +196,15 @@ class UNet(nn.Module):
         Returns:
             (B, 16, H/2, W/2) channels_last, in the precision of the weights.
         """
-        pixels = frames if frames.is_floating_point() else frames / 255
+        pixels = 4 * (frames if frames.is_floating_point() else frames / 255) - 1.8
         pad = (-frames.shape[-1] % self.multiple, -frames.shape[-2] % self.multiple)
         if any(pad):
             pixels = F.pad(pixels, (0, pad[0], 0, pad[1]), mode="replicate")
         x = pixels.new_empty(len(pixels), 4, *pixels.shape[-2:])
-        x[:, :3] = 4 * pixels - 1.8
-        grey = x[:, :3].sum(dim=1, keepdim=True) * (2 / 3)
-        local = F.avg_pool2d(grey, FOLD)
-        padding = CONTRAST_CELLS // 2
-        local = F.avg_pool2d(local, CONTRAST_CELLS, 1, padding, count_include_pad=False)
-        x[:, 3:] = grey - _repeat(local)
-        x = F.pixel_unshuffle(x.to(self.heads[-1].weight.dtype), FOLD)
-        return x.contiguous(memory_format=torch.channels_last)
+        x[:, :3] = pixels
+        grey = pixels.sum(dim=1, keepdim=True) * (2 / 3)
+        x[:, 3:] = grey - _repeat(_local_mean(grey))
+        return _unshuffle(x.to(self.heads[-1].weight.dtype))
 
     def loss(self, stages: list[Stage], mask: Tensor) -> Tensor:
         """Return the loss (a scalar) of what `stages` says of frames with the ids (B, H, W)."""
@@ -270,6 +267,56 @@ def _halve(x: Tensor, training: bool) -> Tensor:
         return F.max_pool2d(x, 2)
     x = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
     return torch.maximum(x[..., ::2], x[..., 1::2])
+
+
+def _local_mean(grey: Tensor) -> Tensor:
+    """Return of (B, 1, H, W) the mean around each cell, over the cells that are in the frame."""
+    padding = CONTRAST_CELLS // 2
+    if grey.device.type != "cpu":  # few launches
+        cells = F.avg_pool2d(grey, FOLD)
+        return F.avg_pool2d(cells, CONTRAST_CELLS, 1, padding, count_include_pad=False)
+    # Sums of slices, a few megabytes each, take a tenth of the time of average pooling.
+    cells = sum(grey[..., i::FOLD, :] for i in range(FOLD))
+    cells = sum(cells[..., i::FOLD] for i in range(FOLD)) / FOLD**2  # (B, 1, H/2, W/2)
+    for dim in (-2, -1):
+        size = cells.shape[dim]
+        padded = F.pad(cells, (padding, padding) if dim == -1 else (0, 0, padding, padding))
+        total = sum(padded.narrow(dim, i, size) for i in range(CONTRAST_CELLS))
+        place = torch.arange(size)
+        count = (place + padding).clamp(max=size - 1) - (place - padding).clamp(min=0) + 1
+        cells = total / (count if dim == -1 else count[:, None])
+    return cells
+
+
+def _unshuffle(x: Tensor) -> Tensor:
+    """Fold pixels (B, C, H, W) as pixel_unshuffle does to (B, 4 C, H/2, W/2), channels_last.
+
+    Two neighbours in a row move as one number, which takes two thirds of the time.
+    """
+    batch, channels, height, width = x.shape
+    pairs = x.view(_pair_type(x))  # (B, C, H, W/2)
+    pairs = pairs.view(batch, channels, height // FOLD, FOLD, width // FOLD)
+    cells = pairs.permute(0, 2, 4, 1, 3).contiguous().view(x.dtype)  # (B, H/2, W/2, C, 4)
+    return cells.flatten(3).permute(0, 3, 1, 2)
+
+
+def _to_pixels(thing: Tensor, cells: Tensor | None) -> Tensor:
+    """Return logits (B, 1, H, W): of pixels, (B, 4, H/2, W/2), and of their cells if there are."""
+    plain = thing.device.type == "cpu" and not torch.is_grad_enabled()
+    if not (plain and thing.is_contiguous(memory_format=torch.channels_last)):
+        return F.pixel_shuffle(thing if cells is None else thing + cells, FOLD)
+    batch, _, height, width = thing.shape  # pairs, as in `_unshuffle`, in an eighth of the time
+    pairs = thing.permute(0, 2, 3, 1).view(_pair_type(thing))  # (B, H/2, W/2, 2)
+    pixels = pairs.transpose(2, 3).contiguous().view(thing.dtype)  # (B, H/2, 2, W)
+    pixels = pixels.view(batch, height, FOLD, width, FOLD)
+    if cells is not None:
+        pixels += cells.view(batch, height, 1, width, 1)
+    return pixels.view(batch, 1, FOLD * height, FOLD * width)
+
+
+def _pair_type(x: Tensor) -> torch.dtype:
+    """Return the type of number that is as large as two of x."""
+    return torch.int32 if x.element_size() == 2 else torch.int64
 
 
 def _double(logits: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._inductor import config as inductor_config
 
+import model as model_module
 from classes import NUM_CLASSES, class_id
 from loss import cell_width, middle_ids
 from model import DELETED_SWITCHES, Stage, UNet
@@ -100,6 +102,25 @@ def test_a_frame_does_not_depend_on_its_batch():
 )
 def test_cells_are_a_power_of_two_wide(width, cells, pixels):
     assert cell_width(torch.zeros(1, 1, 1, cells), torch.zeros(1, 1, width)) == pixels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_quicker_on_a_cpu_is_what_torch_does(dtype):
+    x = torch.rand(2, 4, 6, 10).to(dtype)
+    assert torch.equal(model_module._unshuffle(x), F.pixel_unshuffle(x, 2))
+    assert model_module._unshuffle(x).is_contiguous(memory_format=torch.channels_last)
+    cells, last = torch.rand(2, 1, 6, 10).to(dtype), torch.channels_last
+    with torch.no_grad():
+        found = model_module._to_pixels(x.contiguous(memory_format=last), cells)
+    assert torch.equal(found, F.pixel_shuffle(x + cells, 2))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 20), (16, 6)])
+def test_the_mean_around_a_cell_is_over_those_in_the_frame(size):
+    grey = torch.rand(2, 1, *size)
+    cells = F.avg_pool2d(grey, 2)
+    expected = F.avg_pool2d(cells, 5, 1, 2, count_include_pad=False)
+    torch.testing.assert_close(model_module._local_mean(grey), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
