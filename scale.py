@@ -76,7 +76,8 @@ def learned_size(checkpoint: dict[str, Any], path: str | Path) -> tuple[int, int
         UserError: what it says of them is no size.
     """
     size = checkpoint.get("frame_size", FRAME_SIZE)
-    if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+    whole = isinstance(size, (list, tuple)) and all(type(s) is int and s > 0 for s in size)
+    if not whole or len(size) != 2:
         raise UserError(f"{path}: frame_size is {size}, not a height and a width: train anew")
     return tuple(size)
 
@@ -161,8 +162,8 @@ def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
     down = (top[rest, None] + step - REACH - y[rest, None]) ** 2
     right = (left[rest, None] + step - REACH - x[rest, None]) ** 2
     distance = np.where(window == NOTHING, np.inf, down[:, :, None] + right[:, None])
-    nearest = distance.reshape(len(rest), -1).argmin(axis=1)
-    found[rest] = window.reshape(len(rest), -1)[np.arange(len(rest)), nearest]
+    nearest = distance.reshape(len(rest), step.size**2).argmin(axis=1)
+    found[rest] = window.reshape(len(rest), step.size**2)[np.arange(len(rest)), nearest]
     result = np.zeros(shape, np.uint8)
     result.reshape(-1)[where] = np.where(found == NOTHING, 0, found)
     return torch.from_numpy(result)
