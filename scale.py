@@ -42,8 +42,8 @@ class Scale(NamedTuple):
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the sizes at which frames of this size are seen.
 
-        None if they are as they are; else that at which objects are told apart and, if it is
-        smaller than the frames, a finer one for their edges.
+        Empty if they are seen as they are; else that at which objects are told apart and, if it
+        is smaller than the frames, a finer one for their edges.
         """
         factor = self.factor
         if factor is None:
@@ -61,7 +61,7 @@ class Scale(NamedTuple):
         why = "the scale that the network learned (--scale 1: as they are)"
         if self.factor is not None:
             why = f"as --scale {self.factor:g} says"
-        size, *finer = (f"{w} x {h}" for h, w in [*sizes])
+        size, *finer = (f"{w} x {h}" for h, w in sizes)
         edges = f", edges are also looked at in {finer[0]}" if finer else ""
         return f"frames of {width} x {height} are brought to {size}, {why}{edges}"
 
@@ -118,7 +118,7 @@ def outline(model: UNet, frames: Tensor, thing: Tensor, finer: list[tuple[int, i
         model: Looks at the frames again where there is a `finer` size.
         frames: (B, 3, H, W) uint8.
         thing: (B, 1, h, w) logits of "object" at the learned scale.
-        finer: The height and width at which edges are looked at, or none.
+        finer: A height and width at which edges are looked at, or nothing.
     """
 
     def enlarge(logits: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ def outline(model: UNet, frames: Tensor, thing: Tensor, finer: list[tuple[int, i
 
     thing = thing.float()
     evidence = enlarge(thing)
-    for size in finer:
-        fine = enlarge(model.stages(resize(frames, size))[-1].thing)
-        surely = enlarge(-F.max_pool2d(-thing, 3, 1, 1)) > 0
-        maybe = enlarge(F.max_pool2d(thing, 3, 1, 1)) > 0
-        return surely | (maybe & (fine + COARSE_WEIGHT * evidence > 0))
-    return evidence > 0
+    if not finer:
+        return evidence > 0
+    fine = enlarge(model.stages(resize(frames, finer[0]))[-1].thing)
+    surely = enlarge(-F.max_pool2d(-thing, 3, 1, 1)) > 0  # within what is an object all around
+    maybe = enlarge(F.max_pool2d(thing, 3, 1, 1)) > 0
+    return surely | (maybe & (fine + COARSE_WEIGHT * evidence > 0))
 
 
 def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
