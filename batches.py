@@ -1,10 +1,14 @@
 """Batches: which frames or whole videos come together, who takes them, and who reads them ahead."""
 
+import math
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,8 @@ from dataset import CLEVRDataset, split_videos
 from utils import Processes, UserError, usable_cpus
 
 MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
+MAX_LANES = 16  # threads that label videos of their own
+GPU_LANES = 4  # one launches while another waits for its labels or for the disk
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -141,6 +147,30 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
         frames += length
     if group:
         yield group
+
+
+def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
+    """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
+    with ThreadPoolExecutor(lanes) as pool:
+        ahead: deque[Future] = deque()
+        for item in items:
+            ahead.append(pool.submit(job, item))
+            if len(ahead) > 2 * lanes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
+    """Return how many videos are labelled at once, and with how many threads each.
+
+    On a CPU each core has its own, which loses less than sharing one, and there is one more, so
+    that no core is idle while a mask is flushed to the disk.
+    """
+    if device.type == "cpu":
+        share = math.ceil(threads / MAX_LANES)
+        return threads // share + 1, share
+    return (1 if device.type == "mps" else GPU_LANES), 1  # Apple's bears one thread
 
 
 def choose_workers(

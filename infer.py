@@ -11,7 +11,7 @@ stderr and gets no mask; the others are done, and the exit status is 1.
 
 Objects are followed through the video (objects.py), and each is one class. --objects writes them
 beside mask.npy to objects.csv, a row for each object and frame; --no-consistency labels each frame
-by itself.
+by itself. Frames of another size than the checkpoint learned from are scaled (scale.py).
 """
 
 import argparse
@@ -21,9 +21,7 @@ import io
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,11 +31,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import WholeVideos, choose_workers, fill_batches
+from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_for
 from dataset import CLEVRDataset
 from model import UNet, for_labelling
 from objects import Row, Tracks, follow, table
 from parts import gather, occupied
+from scale import AS_THEY_ARE, FRAME_SIZE, Scale, factor, fill, learned_size, outline, resize
 from utils import (
     Processes,
     UserError,
@@ -53,10 +52,7 @@ from utils import (
 )
 from videos import find_videos, frame_paths, read_frame, read_mask
 
-FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, which --compile makes ready for
 TABLE = "objects.csv"  # beside mask.npy
-MAX_LANES = 16  # threads that label videos of their own
-GPU_LANES = 4  # one launches while another waits for its labels or for the disk
 MAX_WORKERS = 16  # processes that decode for a GPU
 
 
@@ -113,7 +109,12 @@ def _is_done(video: Path, target: Path) -> bool:
 
 @torch.inference_mode()
 def label(
-    model: UNet, videos: Sequence[Tensor], device: torch.device, batch_size: int, consistency: bool
+    model: UNet,
+    videos: Sequence[Tensor],
+    device: torch.device,
+    batch_size: int,
+    consistency: bool,
+    scale: Scale = AS_THEY_ARE,
 ) -> list[Tracks]:
     """Return the labels of videos that have frames of one size.
 
@@ -124,12 +125,17 @@ def label(
         batch_size: Frames at once.
         consistency: Whether objects are followed through the video; else each frame has the
             labels that the network gives it, and nothing is known of objects.
+        scale: At which the network sees the frames; the labels have their own size.
     """
-    found, evidence = [], []
+    sizes = scale.sizes(*videos[0].shape[2:])
+    found, evidence, outlines = [], [], []
     for frames in torch.cat(list(videos)).split(batch_size):
+        whole = frames.to(device, non_blocking=True)  # bytes
         with mixed_precision(device):
-            stages = model.stages(frames.to(device, non_blocking=True))  # bytes
+            stages = model.stages(resize(whole, sizes[0]) if sizes else whole)
             answer = model.evidence(stages) if consistency else (model.labels(stages),)
+            if sizes:
+                answer = (*answer, outline(model, whole, stages[-1].thing, sizes[1:]))
         answer = [part.to("cpu", non_blocking=True) for part in answer]
         if device.type != "cpu":  # this lane waits, while others launch
             arrived = torch.Event(device)
@@ -137,13 +143,20 @@ def label(
             arrived.synchronize()
         found.append(answer[0])
         if consistency:
-            evidence.append(gather(*answer))
+            evidence.append(gather(*answer[:2]))
+        outlines += answer[-1:] if sizes else ()
     lengths = [len(video) for video in videos]
     parts = torch.cat(found).split(lengths)
-    if not consistency:
-        return [Tracks(labels, {}) for labels in parts]
-    counts = [int(occupied(objects).sum()) for objects in parts]
-    return [follow(*both) for both in zip(parts, torch.cat(evidence).split(counts), strict=True)]
+    if consistency:
+        counts = [int(occupied(objects).sum()) for objects in parts]
+        cells = torch.cat(evidence).split(counts)
+        tracks = [follow(*both) for both in zip(parts, cells, strict=True)]
+    else:
+        tracks = [Tracks(labels, {}) for labels in parts]
+    if not sizes:
+        return tracks
+    of_video = zip(tracks, parts, torch.cat(outlines).split(lengths), strict=True)
+    return [t._replace(labels=fill(t.labels, part > 0, edges)) for t, part, edges in of_video]
 
 
 def save(target: Path, tracks: Tracks, with_table: bool) -> None:
@@ -171,18 +184,6 @@ def share_out(targets: dict[Path, Path], processes: Processes) -> dict[Path, Pat
     return dict(shared[0][processes.rank :: processes.count])
 
 
-def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
-    """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
-    with ThreadPoolExecutor(lanes) as pool:
-        ahead: deque[Future] = deque()
-        for item in items:
-            ahead.append(pool.submit(job, item))
-            if len(ahead) > 2 * lanes:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
 def decoders(targets: dict[Path, Path], asked: int | None, size: int, processes: Processes) -> int:
     """Return how many processes decode PNGs, at about 1,000 frames/s each; on a CPU lanes do.
 
@@ -194,18 +195,6 @@ def decoders(targets: dict[Path, Path], asked: int | None, size: int, processes:
     return choose_workers(asked, size * frame * processes.count, processes, MAX_WORKERS)
 
 
-def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
-    """Return how many videos are labelled at once, and with how many threads each.
-
-    On a CPU each core has its own, which loses less than sharing one, and there is one more, so
-    that no core is idle while a mask is flushed to the disk.
-    """
-    if device.type == "cpu":
-        share = math.ceil(threads / MAX_LANES)
-        return threads // share + 1, share
-    return (1 if device.type == "mps" else GPU_LANES), 1  # Apple's bears one thread
-
-
 def label_videos(
     model: UNet,
     targets: dict[Path, Path],
@@ -214,8 +203,11 @@ def label_videos(
     workers: int,
     consistency: bool = True,
     with_table: bool = False,
+    scale: Scale = AS_THEY_ARE,
 ) -> tuple[int, int, list[str]]:
     """Write a mask, and maybe a table of objects, for each video in `targets` that has no fault.
+
+    Says once of each size of frames that is not seen as it is what is done to it.
 
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
@@ -229,28 +221,35 @@ def label_videos(
         pin = device.type not in ("cpu", "mps")
         batches, read = videos.loader(batches, workers, pin), list
 
-    def job(batch: Any) -> tuple[int, int, list[str]]:
+    def job(batch: Any) -> tuple[int, int, list[str], list[str]]:
         """Read, label and write a few videos."""
         items = read(batch)
         whole = [(v, frames) for v, frames, fault in items if not fault]
-        for _, group in groupby(whole, key=lambda item: item[1].shape[1:]):
+        notes = []
+        for size, group in groupby(whole, key=lambda item: item[1].shape[2:]):
             numbers, frames = zip(*group, strict=True)
-            found = label(model, frames, device, batch_size, consistency)
+            notes.append(scale.describe(*size))
+            found = label(model, frames, device, batch_size, consistency, scale)
             for v, tracks in zip(numbers, found, strict=True):
                 save(targets[dataset.videos[v]], tracks, with_table)
-        return len(whole), sum(len(f) for _, f in whole), [fault for *_, fault in items if fault]
+        faults = [fault for *_, fault in items if fault]
+        return len(whole), sum(len(f) for _, f in whole), faults, notes
 
     threads = torch.get_num_threads()
     lanes, share = lanes_for(device, threads)
     torch.set_num_threads(share)  # of this thread and of those to come
-    done, frames, faults = 0, 0, []
+    done, frames, faults, told = 0, 0, [], {""}
     try:
         with tqdm(total=len(dataset), unit="frame", disable=None) as progress:  # none in a log file
-            for videos_done, frames_done, new_faults in in_lanes(job, batches, lanes):
+            for videos_done, frames_done, new_faults, notes in in_lanes(job, batches, lanes):
                 progress.update(frames_done)
                 done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
                 for fault in new_faults:
                     tqdm.write(f"skipped: {fault}", file=sys.stderr)
+                for note in notes:
+                    if note not in told:
+                        tqdm.write(note)
+                    told.add(note)
     finally:
         torch.set_num_threads(threads)
     return done, frames, faults
@@ -265,6 +264,7 @@ def main() -> int:
         print(log_header(device), flush=True)
     checkpoint = load_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
+    scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     model = make_ready(model, device, args.batch_size, args.compile)
     targets: dict[Path, Path] = {}
     if processes.first:  # what is done is left out before the rest is shared
@@ -286,6 +286,7 @@ def main() -> int:
             workers,
             not args.no_consistency,
             args.objects,
+            scale,
         )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -333,6 +334,7 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=at_least(0), help="processes that decode frames; 0: this one alone")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
+    add("--scale", type=factor, help="of the frames for the network (default: as it learned)")
     add("--no-consistency", action="store_true", help="label each frame by itself")
     add("--objects", action="store_true", help="also write the objects that were followed")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")

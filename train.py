@@ -257,6 +257,7 @@ def main() -> None:
         args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
     )
     run = start_run(args, len(loader), processes)
+    run.facts["frame_size"] = list(loader.dataset[0][0].shape[1:])  # scale.py asks for it
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])

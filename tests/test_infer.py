@@ -77,10 +77,9 @@ def data(tmp_path):
 
 @pytest.fixture
 def ckpt(tmp_path, network, data):
-    save_checkpoint(
-        tmp_path / "net.pt",
-        {"model": network.state_dict(), "model_config": network.config, "data": str(data)},
-    )
+    facts = {"data": str(data), "frame_size": [32, 48]}
+    checkpoint = {"model": network.state_dict(), "model_config": network.config, **facts}
+    save_checkpoint(tmp_path / "net.pt", checkpoint)
     return tmp_path / "net.pt"
 
 
@@ -124,7 +123,7 @@ def assert_labels_of(mask, video, network, consistency=True):
 def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network):
     write_video(data / "c/other", 2, size=(33, 47))  # a size of its own, no multiple of anything
     (data / "a/video_2/mask.npy").write_bytes(b"labels are not even read")
-    done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out")
+    done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out", "--scale", 1)
     assert done.returncode == 0, done.stderr
     assert "4 videos, 38 frames in " in done.stdout.splitlines()[-1]
     (data / "a/video_2/mask.npy").unlink()
@@ -141,7 +140,8 @@ def test_batch_size_never_mixes_frames(run, tmp_path, data, ckpt, network, batch
     write_video(data / "a/video_5", 2, size=(24, 16), seed=4)  # between the others
     torch.set_num_threads(threads)
     try:
-        result = run("--ckpt", ckpt, "--out", tmp_path / "out", "--batch-size", batch_size)
+        options = ("--batch-size", batch_size, "--scale", 1)
+        result = run("--ckpt", ckpt, "--out", tmp_path / "out", *options)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
@@ -166,7 +166,7 @@ def test_bare_and_half_precision_state_dict(run, tmp_path, data):
     status, _, err = run(*arguments)
     assert status == 2  # it does not say what it was trained on
     assert "--data" in err
-    assert run(*arguments, "--data", data / "b")[0] == 0
+    assert run(*arguments, "--data", data / "b", "--scale", 1)[0] == 0
     mask = np.load(tmp_path / "out/video_00001/mask.npy")
     assert_labels_of(mask, data / "b/video_00001", network.float())
 

@@ -58,6 +58,7 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert names == {f"Unet_checkpoint_{n}.pt" for n in ("epoch_5", "epoch_6", "last", "best")}
     checkpoint = torch.load(finished / "Unet_checkpoint_epoch_5.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["data"]) == (5, str(videos))
+    assert checkpoint["frame_size"] == [160, 240]
     UNet(**checkpoint["model_config"]).load_state_dict(checkpoint["model"])
     with (finished / "log.csv").open() as file:
         rows = list(csv.DictReader(file))

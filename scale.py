@@ -1,0 +1,169 @@
+"""Frames of any size: brought to the scale that the network learned, its answer back to theirs.
+
+An object is as many pixels wide as the frame's width makes it (Blender's focal length follows the
+width), so frames as wide as those of training are seen as they are, others first resized. What is
+where is told at that scale. The edges of larger frames are looked at once more, at up to FINEST
+times the scale, and every pixel of the frame has the class of the object next to it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import UNet
+from utils import UserError
+
+FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, and where a checkpoint does not say
+SAME = 0.02  # of the width: so little is nothing to an object
+MOST = 16.0  # times larger or smaller
+FINEST = 2.0  # times the learned scale; beyond, the network misses what fills its view
+COARSE_WEIGHT = 0.5  # of the evidence at the learned scale, where edges have been seen finer
+REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
+AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
+NOTHING = 255  # where no object is; 0 is one that was dropped
+
+
+class Scale(NamedTuple):
+    """At which scale the network sees frames.
+
+    Attributes:
+        learned: Height and width of the frames that it learned from.
+        factor: What all frames are scaled by; None: to the width of `learned`.
+    """
+
+    learned: tuple[int, int] = FRAME_SIZE
+    factor: float | None = None
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return the sizes at which frames of this size are seen.
+
+        Empty if they are seen as they are; else that at which objects are told apart and, if it
+        is smaller than the frames, a finer one for their edges.
+        """
+        factor = self.factor
+        if factor is None:
+            factor = min(max(self.learned[1] / width, 1 / MOST), MOST)
+            if abs(factor - 1) <= SAME:
+                return []
+        factors = [factor, min(1.0, FINEST * factor)] if factor < 1 else [factor]
+        sizes = [(max(1, round(height * f)), max(1, round(width * f))) for f in factors]
+        return [] if sizes[0] == (height, width) else sizes
+
+    def describe(self, height: int, width: int) -> str:
+        """Say what is done to frames of this size; "" if nothing is."""
+        if not (sizes := self.sizes(height, width)):
+            return ""
+        why = "the scale that the network learned (--scale 1: as they are)"
+        if self.factor is not None:
+            why = f"as --scale {self.factor:g} says"
+        size, *finer = (f"{w} x {h}" for h, w in sizes)
+        edges = f", edges are also looked at in {finer[0]}" if finer else ""
+        return f"frames of {width} x {height} are brought to {size}, {why}{edges}"
+
+
+AS_THEY_ARE = Scale(factor=1.0)
+
+
+def learned_size(checkpoint: dict[str, Any], path: str | Path) -> tuple[int, int]:
+    """Return the height and width of the frames that a checkpoint learned from.
+
+    Raises:
+        UserError: what it says of them is no size.
+    """
+    size = checkpoint.get("frame_size", FRAME_SIZE)
+    whole = isinstance(size, (list, tuple)) and all(type(s) is int and s > 0 for s in size)
+    if not whole or len(size) != 2:
+        raise UserError(f"{path}: frame_size is {size}, not a height and a width: train anew")
+    return tuple(size)
+
+
+def factor(text: str) -> float:
+    """Read a factor from the command line, an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 / MOST <= value <= MOST:
+        wish = f"give a number from {1 / MOST} to {MOST:g} (1: frames as they are), not {text!r}"
+        raise argparse.ArgumentTypeError(wish)
+    return value
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return uint8 frames (B, 3, H, W) in another size (height, width), without aliasing."""
+    if frames.shape[-2:] == size:
+        return frames
+    parts = frames.split(max(1, AT_ONCE // max(frames[0, 0].numel(), size[0] * size[1])))
+    return torch.cat(
+        [
+            F.interpolate(part.float(), size, mode="bilinear", antialias=True).round().byte()
+            for part in parts
+        ]
+    )
+
+
+def outline(model: UNet, frames: Tensor, thing: Tensor, finer: list[tuple[int, int]]) -> Tensor:
+    """Return where there is an object in frames of their own size, (B, H, W) bool.
+
+    Logits are interpolated, so that the edge is as smooth as what the network knows of it. A finer
+    look moves an edge by about a pixel of the learned scale at most: what the network says of
+    objects that are larger than those it learned is right at edges, but may be wrong within.
+
+    Args:
+        model: Looks at the frames again where there is a `finer` size.
+        frames: (B, 3, H, W) uint8.
+        thing: (B, 1, h, w) logits of "object" at the learned scale.
+        finer: A height and width at which edges are looked at, or nothing.
+    """
+
+    def enlarge(logits: Tensor) -> Tensor:
+        return F.interpolate(logits.float(), frames.shape[-2:], mode="bilinear")[:, 0]
+
+    thing = thing.float()
+    evidence = enlarge(thing)
+    if not finer:
+        return evidence > 0
+    fine = enlarge(model.stages(resize(frames, finer[0]))[-1].thing)
+    surely = enlarge(-F.max_pool2d(-thing, 3, 1, 1)) > 0  # within what is an object all around
+    maybe = enlarge(F.max_pool2d(thing, 3, 1, 1)) > 0
+    return surely | (maybe & (fine + COARSE_WEIGHT * evidence > 0))
+
+
+def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
+    """Return labels in the size of the frames, (T, H, W) uint8: each pixel that of what is nearest.
+
+    Args:
+        labels: (T, h, w) uint8 ids at the scale of the network.
+        objects: (T, h, w) bool, where it sees an object, be it labelled or dropped.
+        outlines: (T, H, W) bool, where there is an object in the frames.
+    """
+    shape = tuple(outlines.shape)
+    height, width = labels.shape[1:]
+    margin = ((0, 0), (REACH, REACH), (REACH, REACH))
+    known = np.where(objects.numpy(), labels.numpy(), np.uint8(NOTHING))
+    known = np.pad(known, margin, constant_values=NOTHING)
+    where = np.flatnonzero(outlines.numpy())
+    line, column = np.divmod(where, shape[2])
+    t, row = np.divmod(line, shape[1])
+    y = (row + 0.5) * (height / shape[1]) - 0.5  # in pixels of the network's scale
+    x = (column + 0.5) * (width / shape[2]) - 0.5
+    top, left = np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)
+    found = known[t, top + REACH, left + REACH]
+    rest = np.flatnonzero(found == NOTHING)
+    step = np.arange(2 * REACH + 1)
+    window = known[
+        t[rest, None, None], top[rest, None, None] + step[:, None], left[rest, None, None] + step
+    ]
+    down = (top[rest, None] + step - REACH - y[rest, None]) ** 2
+    right = (left[rest, None] + step - REACH - x[rest, None]) ** 2
+    distance = np.where(window == NOTHING, np.inf, down[:, :, None] + right[:, None])
+    nearest = distance.reshape(len(rest), step.size**2).argmin(axis=1)
+    found[rest] = window.reshape(len(rest), step.size**2)[np.arange(len(rest)), nearest]
+    result = np.zeros(shape, np.uint8)
+    result.reshape(-1)[where] = np.where(found == NOTHING, 0, found)
+    return torch.from_numpy(result)

@@ -1,0 +1,228 @@
+"""Frames of any size: the masks of the learned size, with edges that are not blocks."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_video
+from conftest import run as run_alone
+from PIL import Image
+
+import infer
+from model import UNet
+from render import render_video
+from scale import AS_THEY_ARE, Scale, fill, learned_size, resize
+from utils import UserError, load_checkpoint, save_checkpoint
+
+WEIGHTS = ROOT / "weights/clevr_unet.pt"
+CPU = torch.device("cpu")
+
+
+def enlarged(frames, factor):
+    """Return frames in another size, by other means than the program's."""
+    size = [round(side * factor) for side in frames.shape[:1:-1]]
+    way = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.BOX
+    pictures = [Image.fromarray(f.permute(1, 2, 0).numpy()).resize(size, way) for f in frames]
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+
+
+def back(mask, factor):
+    """Return a mask as it is at the centres of the pixels of 160 x 240."""
+    rows, columns = (((np.arange(n) + 0.5) * factor).astype(int) for n in (160, 240))
+    return mask[:, rows][:, :, columns]
+
+
+def iou(a, b):
+    return ((a > 0) & (b > 0)).sum() / ((a > 0) | (b > 0)).sum()
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return render_video(5, (4, 6), num_frames=4)[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return infer.make_ready(UNet.load(WEIGHTS), CPU, 4, False)
+
+
+@pytest.fixture(scope="module")
+def known(model, frames):
+    return infer.label(model, [frames], CPU, 4, True)[0].labels
+
+
+@pytest.fixture
+def run(call):
+    """Run infer.py in this process; return its exit status, stdout and stderr."""
+    return lambda *arguments: call(infer, "--device", "cpu", "--workers", "0", *arguments)
+
+
+@pytest.mark.parametrize("factor", [0.75, 1.5, 2, 3])
+@pytest.mark.parametrize("consistency", [True, False])
+def test_the_mask_of_a_resized_video_is_that_of_the_video(
+    model, frames, known, factor, consistency
+):
+    large = enlarged(frames, factor)
+    (tracks,) = infer.label(model, [large], CPU, 4, consistency, Scale())
+    assert tracks.labels.shape == (len(frames), *large.shape[2:])
+    assert tracks.labels.dtype == torch.uint8
+    labels = back(tracks.labels, factor)
+    assert iou(labels, known) > (0.93 if factor < 1 else 0.96)
+    if consistency:
+        assert set(tracks.labels.unique().tolist()) == set(known.unique().tolist())
+        both = (labels > 0) & (known > 0)
+        assert (labels == known)[both].double().mean() > 0.99
+
+
+def test_the_edge_of_a_large_mask_is_no_staircase(model, frames):
+    """Edges of a mask that was merely enlarged lie at every third pixel alone."""
+    (tracks,) = infer.label(model, [enlarged(frames, 3)], CPU, 4, True, Scale())
+    objects = (tracks.labels > 0).numpy()
+    for axis in (1, 2):
+        steps = np.nonzero(np.diff(objects, axis=axis))[axis] % 3
+        assert (np.bincount(steps, minlength=3) / len(steps) < 0.7).all()
+
+
+def test_frames_of_the_learned_width_are_seen_as_they_are(model, frames, known):
+    for scale in (Scale(), Scale((100, 238)), Scale((320, 480), factor=1)):
+        assert not scale.describe(160, 240)
+        labels = infer.label(model, [frames], CPU, 4, True, scale)[0].labels
+        assert torch.equal(labels, known)
+
+
+def test_sizes_follow_the_width():
+    assert Scale().sizes(320, 480) == [(160, 240), (320, 480)]
+    assert Scale().sizes(480, 720) == [(160, 240), (320, 480)]
+    assert Scale().sizes(240, 360) == [(160, 240), (240, 360)]
+    assert Scale().sizes(120, 180) == [(160, 240)]
+    assert Scale().sizes(720, 1280) == [(135, 240), (270, 480)]
+    assert Scale((320, 480)).sizes(160, 240) == [(320, 480)]
+    assert Scale(factor=0.75).sizes(160, 240) == [(120, 180), (160, 240)]
+    assert AS_THEY_ARE.sizes(320, 480) == []
+    assert Scale().sizes(1, 1) == [(16, 16)]
+
+
+def test_pixels_have_the_class_of_the_nearest_object_and_what_was_dropped_stays_so():
+    labels = torch.tensor([[0, 0, 7, 0, 0, 0, 0, 0, 29, 0]], dtype=torch.uint8)
+    objects = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0, 1, 0]]).bool()
+    outlines = torch.ones(1, 2, 20, dtype=torch.bool)
+    outlines[:, :, 14] = False
+    expected = [0] * 4 + [7] * 6 + [0] * 2 + [29] * 2 + [0] + [29] * 5
+    found = fill(labels[None], objects[None], outlines)
+    assert found.tolist() == [[expected, expected]]
+
+
+def test_a_network_that_is_wrong_about_large_objects_does_not_lose_them(model, frames, known):
+    """What is seen finer only moves edges."""
+    blind, sure = infer.make_ready(UNet.load(WEIGHTS), CPU, 4, False), model.stages
+
+    def stages(frames):
+        found = sure(frames)
+        return found if frames.shape[-1] == 240 else [s._replace(thing=s.thing - 99) for s in found]
+
+    blind.stages = stages
+    (tracks,) = infer.label(blind, [enlarged(frames, 2)], CPU, 4, True, Scale())
+    assert iou(back(tracks.labels, 2), known) > 0.6
+    assert set(tracks.labels.unique().tolist()) == set(known.unique().tolist())
+
+
+def test_many_pixels_are_resized_in_parts(monkeypatch, frames):
+    whole = resize(frames, (80, 100))
+    monkeypatch.setattr("scale.AT_ONCE", 160 * 240)
+    assert torch.equal(resize(frames, (80, 100)), whole)
+    assert (whole.float().mean() - frames.float().mean()).abs() < 0.1
+
+
+def test_the_script_says_what_it_does_to_which_frames(run, tmp_path, frames, known, model):
+    write_video(tmp_path / "data/a", enlarged(frames, 2))
+    write_video(tmp_path / "data/b", enlarged(frames, 2)[:2])
+    write_video(tmp_path / "data/c", frames)
+    arguments = ("--ckpt", WEIGHTS, "--data", tmp_path / "data", "--batch-size", 4, "--out")
+    status, out, err = run(*arguments, tmp_path / "out", "--objects")
+    assert (status, err) == (0, "")
+    line = "frames of 480 x 320 are brought to 240 x 160, the scale that the network learned"
+    assert re.findall("^frames of.*are brought", out, re.MULTILINE) == [line[: line.index(" to ")]]
+    assert line in out
+    assert "--scale 1" in out
+    assert np.array_equal(np.load(tmp_path / "out/c/mask.npy"), known)
+    large = np.load(tmp_path / "out/a/mask.npy")
+    assert large.shape == (4, 320, 480)
+    with (tmp_path / "out/a/objects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(np.unique(mask[mask > 0])) for mask in large)
+    for row in rows:  # in pixels of the frame on the disk
+        y, x = np.nonzero(large[int(row["frame"])] == int(row["class_id"]))
+        assert [int(row[key]) for key in ("pixels", "right", "bottom")] == [
+            len(x),
+            *map(max, (x, y)),
+        ]
+        assert float(row["x"]) == pytest.approx(x.mean())
+
+    status, out, err = run(*arguments, tmp_path / "as", "--scale", 1)
+    assert (status, err) == (0, "")
+    assert "brought" not in out
+    expected = infer.label(model, [enlarged(frames, 2)], CPU, 4, True)[0].labels
+    assert np.array_equal(np.load(tmp_path / "as/a/mask.npy"), expected)
+
+    out = run(*arguments, tmp_path / "own", "--scale", 0.75)[1]
+    assert "frames of 480 x 320 are brought to 360 x 240, as --scale 0.75 says" in out
+    assert "frames of 240 x 160 are brought to 180 x 120, as --scale 0.75 says" in out
+
+
+def test_the_checkpoint_says_what_size_it_learned(run, tmp_path, frames):
+    checkpoint = load_checkpoint(WEIGHTS)
+    assert learned_size(checkpoint, WEIGHTS) == (160, 240)
+    save_checkpoint(tmp_path / "net.pt", checkpoint | {"frame_size": [320, 480]})
+    write_video(tmp_path / "data/a", frames)
+    arguments = ("--ckpt", tmp_path / "net.pt", "--data", tmp_path / "data", "--out")
+    assert "frames of 240 x 160 are brought to 480 x 320" in run(*arguments, tmp_path / "out")[1]
+    save_checkpoint(tmp_path / "net.pt", checkpoint | {"frame_size": [320]})
+    status, _, err = run(*arguments, tmp_path / "out")
+    assert status == 2
+    assert "net.pt: frame_size is [320]" in err
+    for size in (None, 160, "aa", [0, 240], [160.0, 240]):
+        with pytest.raises(UserError, match="frame_size"):
+            learned_size({"frame_size": size}, "net.pt")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "100", "large"])
+def test_a_scale_that_is_none_is_refused(run, tmp_path, value):
+    status, _, err = run("--ckpt", WEIGHTS, "--out", tmp_path / "out", f"--scale={value}")
+    assert status == 2
+    assert f"--scale: give a number from 0.0625 to 16 (1: frames as they are), not '{value}'" in err
+
+
+PRETEND = """
+import sys, json, torch
+sys.path[:0] = sys.argv[1:3]
+import pretend
+pretend.install()
+import infer
+from model import UNet
+from scale import Scale
+from videos import find_videos, read_video
+infer.has_bfloat16 = lambda device: False
+frames = read_video(find_videos(sys.argv[4])[0])
+labels = []
+for where in (torch.device("cpu"), torch.device("pretend")):
+    model = infer.make_ready(UNet.load(sys.argv[3]), where, 8, False)
+    pretend.reset()
+    labels.append(infer.label(model, [frames], where, 22, True, Scale())[0].labels)
+assert labels[0].any() and torch.equal(*labels)
+kernels, waits, copies = pretend.counts()
+print(json.dumps([sum(kernels.values()), waits, copies]))
+"""
+
+
+def test_scaling_on_a_pretended_gpu_waits_once(tmp_path, frames):
+    write_video(tmp_path / "video_0", enlarged(frames, 2))
+    (tmp_path / "pretended.py").write_text(PRETEND)
+    done = run_alone(tmp_path / "pretended.py", ROOT, ROOT / "tests", WEIGHTS, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels, waits, copies = json.loads(done.stdout.splitlines()[-1])
+    assert kernels <= 260
+    assert waits == {"synchronize": 1}
+    assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 3}
