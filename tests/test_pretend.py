@@ -77,9 +77,9 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 5e-5), ("bf16", 3e-3)])
 def test_it_trains_validates_and_augments_as_the_cpu(tmp_path, precision, tolerance):
-    """Not bit by bit, since its matrices share one stack: another order of adding up."""
+    """Not bit by bit: its matrices share one stack, its means are pooled; both add up otherwise."""
     found = on_device(tmp_path, COMPARE, precision)
     assert found["augmented alike"]
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=tolerance)
