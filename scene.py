@@ -24,13 +24,15 @@ RADIUS = np.array([FREE, 0.405, 0.42])
 HEIGHT = np.array([0.39, 0.405, 0.395])  # of the centre
 FOOTPRINT = np.array([0.39 * 2**0.5, 0.405, 0.42])  # radius of the disc that collides
 REACH = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a sphere around it
+# Real labels come from a detector, which flattens the tops and bottoms of what is round: rows of an
+# outline narrower than this share of its widest are background (real video_0 and video_1).
+NARROW = np.array([0.0, 0.3, 0.4])
 
 # One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky.
 LAMP_POSITION = np.array([[-8.2, -4.2, 10.1], [-8.5, 21.0, 6.3], [5.9, 13.0, 13.8], [-6, -1, 60]])
 LAMP_POWER = np.array([[36.0, 34, 28.9], [5.5, 5.7, 7.8], [12.5, 13, 12.7], [240, 240, 240]])
 LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 25.0])
 AIM = (2.0, 12.0, 0.0)  # what the lamps face
-CONTACT_LEAN = (0.14, 0.0)  # the dark of the ground around an object lies to its right
 
 # 8-bit values of CLEVR. Blender took them for linear ones, which makes real frames dull.
 NOMINAL = {
@@ -43,6 +45,7 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
+AT_BORDER, BEHIND = 0.05, 0.08  # shares of objects that rest cut by the picture's end, or hidden
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
@@ -58,12 +61,11 @@ class Scene(NamedTuple):
     reach: Tensor  # (N,) radius of a sphere around the object
     albedo: Tensor  # (N, 3) linear colour
     metal: Tensor  # (N,) bool
+    narrow: Tensor  # (N,) rows of its outline narrower than this share of the widest have no label
     ids: Tensor  # (N,) uint8 class ids
     lamp: Tensor  # (L, 3) positions
     facing: Tensor  # (L, 3) of length 1
     power: Tensor  # (L, 3) linear colour
-    contact: float  # share of light that an object takes from the ground that it touches
-    lean: Tensor  # (3,) where that shade is centred, relative to the object
     eye: Tensor  # (3,) position of the camera
     axes: Tensor  # (3, 3) its right, up, and forward
     focal: float  # pixels
@@ -87,6 +89,11 @@ def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     y, angle, fate = rng.uniform(7.0, 17.5), rng.uniform(0, 2 * np.pi), rng.random()
     point = np.array([rng.uniform(-0.4, 0.4) * y, y])
     heading = np.array([np.cos(angle), np.sin(angle)])
+    if fate < AT_BORDER:  # rests where the picture ends: at its sides, or at its lower edge
+        side, depth = rng.choice([-1, 1]), rng.uniform(-0.5, 0.25)
+        if rng.random() < 0.7:
+            return np.array([side * (0.356 * y + 0.9 + depth), y]), np.zeros(2)
+        return np.array([point[0], 5.9 - depth]), np.zeros(2)
     if fate < 0.6:  # rests until something hits it
         return point, np.zeros(2)
     if fate < 0.72:  # slides from the start
@@ -128,6 +135,10 @@ def simulate(
     for i, radius in enumerate(radii):
         for _ in range(300):
             point, velocity = place(rng)
+            if start and rng.random() < BEHIND:
+                other = start[rng.choice(list(start))][0]
+                point = other * (1 + rng.uniform(0.8, 1.6) / np.linalg.norm(other))
+                point, velocity = point + [rng.normal(0, 0.35), 0], np.zeros(2)
             gaps = [math.dist(point, p) - radius - radii[k] for k, (p, _) in start.items()]
             if min(gaps, default=1) > 0.05:
                 start[i] = point, velocity
@@ -181,12 +192,11 @@ def make_scene(
         reach=tensor(REACH[shape]),
         albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
+        narrow=tensor(NARROW[shape]),
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
         power=tensor(LAMP_POWER * np.exp(brightness)),
-        contact=rng.uniform(0.4, 1.0),
-        lean=tensor(np.append(rng.normal(CONTACT_LEAN, 0.08), 0)),
         eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
         focal=FOCAL_LENGTH * width * math.exp(rng.normal(0, 0.02)),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raytrace import Rays, intersect, surface_normal
-from scene import HALF, HEIGHT, RADIUS, REACH, make_scene, unit
+from raytrace import Rays, intersect, lamp_points, render_frames, surface_normal
+from scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
 
 
 def one_object(shape, turn=0.0):
@@ -19,6 +19,7 @@ def one_object(shape, turn=0.0):
         turn=torch.tensor([[[math.cos(turn), math.sin(turn)]]]),
         half=torch.tensor(HALF[shape : shape + 1], dtype=torch.float32),
         radius=torch.tensor(RADIUS[shape : shape + 1], dtype=torch.float32),
+        narrow=torch.tensor(NARROW[shape : shape + 1], dtype=torch.float32),
         round=torch.tensor([1.0 if shape == 1 else 0.0]),
         reach=torch.tensor(REACH[shape : shape + 1], dtype=torch.float32),
     )
@@ -75,3 +76,32 @@ def test_ray_misses_beside_above_and_behind(shape):
 def test_cylinder_corner_is_no_cube_corner():
     assert hit(one_object(0), (0.35, 9.65, 5), (0, 0, -1))[0] < math.inf
     assert hit(one_object(2), (0.35, 9.65, 5), (0, 0, -1))[0] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        # The front of a cube, 9.61 away, reaches 300 * 0.39 / 9.61 = 12.17 pixels to each side of
+        # (80, 120): 67.83 to 92.17 down. A mask pixel r looks at r + 0.75 and at r + 1.25.
+        (0, (67, 91), (107, 131)),
+        # An outline of a sphere is 24.3 pixels wide; 11.75 above and below its middle it is 6.3,
+        # less than 0.3 of that, but at 11.25 it is 9.2: the label begins with what sees 68.75.
+        (1, (68, 90), (107, 131)),
+        # A cylinder at the height of the eye is a rectangle, 0.395 / 9.58 * 300 = 12.37 high.
+        (2, (67, 91), (107, 131)),
+    ],
+)
+def test_mask_of_an_object_straight_ahead_worked_by_hand(shape, rows, columns):
+    scene = one_object(shape)._replace(
+        eye=torch.tensor([0.0, 0.0, float(HEIGHT[shape])]),
+        axes=torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
+        focal=300.0,
+    )
+    random = torch.Generator().manual_seed(0)
+    points = lamp_points(scene, 160 * 240, random)
+    _, masks = render_frames(scene, torch.arange(1), 160, 240, points, random)
+    where = masks[0].nonzero()
+    assert (*where.amin(0).tolist(), *where.amax(0).tolist()) == (
+        *(rows[0], columns[0]),
+        *(rows[1], columns[1]),
+    )
