@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from scene import LAMP_RADIUS, Scene, dot, unit
+from scene import LAMP_RADIUS, SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance of each lamp in metal
-AMBIENT, BOUNCE = 0.07, 0.24  # light from everywhere above, and from the ground below
+AMBIENT, BOUNCE = 0.047, 0.23  # light from everywhere above, and from the ground below
 RUBBER, METAL = 1.08, 0.96  # share of light that comes back, relative to the ground
 SKY, HAZE, HAZE_WIDTH = 0.022, 0.08, 0.5  # metal sees a dark sky, brighter far ahead (radians)
 GLINT_WIDTH, GLOW, GLOW_WIDTH = 0.07, 0.12, 0.45  # radians; a lamp's image and its halo
@@ -224,10 +224,16 @@ def ground_light(
     return total
 
 
-def wide_enough(
-    scene: Scene, row: Tensor, size: tuple[int, int], hit: Tensor, ray: Tensor, which: Tensor
+def in_label(
+    scene: Scene,
+    rays: Rays,
+    row: Tensor,
+    size: tuple[int, int],
+    hit: Tensor,
+    ray: Tensor,
+    which: Tensor,
 ) -> Tensor:
-    """Whether rays (M,) meet an object where its outline is wide enough for its label.
+    """Whether rays (M,) meet an object where its label shows it, see `scene.NARROW`.
 
     `row` (M,) counts the rows of all frames, of which there are size[0] with size[1] rows each;
     `hit` (M,) is the object that a ray meets first, or -1; `ray` and `which` are all pairs that
@@ -236,7 +242,15 @@ def wide_enough(
     n = len(scene.narrow)
     width = torch.bincount(row[ray] * n + which, minlength=math.prod(size) * n).view(*size, n)
     wide = width >= scene.narrow * width.amax(1, keepdim=True)
-    return (hit >= 0) & wide.view(-1, n)[row, hit]
+    return (hit >= 0) & wide.view(-1, n)[row, hit] & ~on_rim(scene, rays, hit)
+
+
+def on_rim(scene: Scene, rays: Rays, hit: Tensor) -> Tensor:
+    """Whether rays (M,) pass a sphere's centre too far away for its label, see `scene.SHRINK`."""
+    to = scene.centre[rays.frame, hit] - rays.origin
+    along, radius = dot(to, rays.direction), scene.radius[hit]
+    radius = radius - SHRINK * (radius - SMALL * along).clamp(min=0)
+    return (scene.round[hit] > 0) & (dot(to, to) - along * along > radius * radius)
 
 
 def render_frames(
@@ -284,7 +298,7 @@ def render_frames(
     # pixel shows the nearest of the four half pixels around the lower right corner of its pixel.
     at = slot.repeat_interleave(per_block), row, column
     line, size, some = at[0] * 2 * height + row, (len(frames), 2 * height), met.isfinite()
-    shown = wide_enough(scene, line, size, hit, pair[some], which[some])
+    shown = in_label(scene, rays, line, size, hit, pair[some], which[some])
     closeness = torch.zeros((len(frames), 2 * height + 1, 2 * width + 1), device=device)
     ids = torch.zeros_like(closeness, dtype=torch.uint8)
     closeness[at], ids[at] = torch.where(shown, 1 / t, 0), torch.where(shown, scene.ids[hit], 0)
