@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raytrace import Rays, intersect, lamp_points, render_frames, surface_normal
+from raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
 from scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
 
 
@@ -84,9 +84,8 @@ def test_cylinder_corner_is_no_cube_corner():
         # The front of a cube, 9.61 away, reaches 300 * 0.39 / 9.61 = 12.17 pixels to each side of
         # (80, 120): 67.83 to 92.17 down. A mask pixel r looks at r + 0.75 and at r + 1.25.
         (0, (67, 91), (107, 131)),
-        # An outline of a sphere is 24.3 pixels wide; 11.75 above and below its middle it is 6.3,
-        # less than 0.3 of that, but at 11.25 it is 9.2: the label begins with what sees 68.75.
-        (1, (68, 90), (107, 131)),
+        # A label of a sphere 10 away has a radius of 0.395, 11.87 pixels; see below.
+        (1, (67, 91), (107, 131)),
         # A cylinder at the height of the eye is a rectangle, 0.395 / 9.58 * 300 = 12.37 high.
         (2, (67, 91), (107, 131)),
     ],
@@ -105,3 +104,29 @@ def test_mask_of_an_object_straight_ahead_worked_by_hand(shape, rows, columns):
         *(rows[0], columns[0]),
         *(rows[1], columns[1]),
     )
+
+
+def test_label_leaves_out_rows_narrower_than_a_share_of_the_widest():
+    """Of a cylinder's outline, 10 rays wide, rows below 0.4 of that; of a cube's, none."""
+    row = torch.tensor([0] * 10 + [1] * 3 + [2] * 4)
+    ray = torch.arange(len(row))
+    start = torch.tensor([[0.0, 0.0, 0.4]]).expand(len(row), 3)
+    ahead = torch.tensor([[0.0, 1.0, 0.0]]).expand(len(row), 3)
+    rays = Rays(start, ahead, torch.zeros_like(ray))
+    for shape, narrow_row in ((2, False), (0, True)):
+        hit = torch.zeros_like(ray)
+        shown = in_label(one_object(shape), rays, row, (1, 3), hit, ray, hit)
+        assert shown.tolist() == [True] * 10 + [narrow_row] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("distance", "radius"),
+    [(10, 0.405 - 0.07 * (0.405 - 0.0267 * 10)), (16, 0.405)],  # 16 away it looks small
+)
+def test_label_of_a_sphere_is_smaller_the_closer_it_is(distance, radius):
+    for offset, expected in ((radius - 0.001, True), (radius + 0.001, False)):
+        start = torch.tensor([[offset, 10.0 - distance, float(HEIGHT[1])]])
+        rays = Rays(start, torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
+        one = torch.tensor([0])
+        shown = in_label(one_object(1), rays, one, (1, 1), one, one, one)
+        assert shown.tolist() == [expected]
