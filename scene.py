@@ -16,6 +16,7 @@ from classes import COLOURS, MATERIALS, NUM_CLASSES, SHAPES, factors
 CAMERA_HEIGHT = 5.34
 CAMERA_PITCH = 0.4716  # radians below the horizon
 FOCAL_LENGTH = 1.25  # image widths: 45 mm on a 36 mm sensor
+NEAREST = 5.9  # y of the ground at the lower edge of the picture
 
 # One row per shape: cube, sphere, cylinder. An extent this large does not limit the shape.
 FREE = 1e3
@@ -96,10 +97,11 @@ def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     point = np.array([rng.uniform(-0.4, 0.4) * y, y])
     heading = np.array([np.cos(angle), np.sin(angle)])
     if fate < AT_BORDER:  # rests where the picture ends: at its sides, or at its lower edge
-        side, depth = rng.choice([-1, 1]), rng.uniform(-0.5, 0.25)
-        if rng.random() < 0.7:
-            return np.array([side * (0.356 * y + 0.9 + depth), y]), np.zeros(2)
-        return np.array([point[0], 5.9 - depth]), np.zeros(2)
+        outside = rng.uniform(-0.5, 0.25)  # so far out that a sliver of 0.15 is in view
+        depth = math.cos(CAMERA_PITCH) * y + math.sin(CAMERA_PITCH) * (CAMERA_HEIGHT - 0.4)
+        x = rng.choice([-1, 1]) * (depth / (2 * FOCAL_LENGTH) + outside)
+        at_side = rng.random() < 0.7
+        return np.array([x, y] if at_side else [point[0], NEAREST - outside]), np.zeros(2)
     if fate < 0.6:  # rests until something hits it
         return point, np.zeros(2)
     if fate < 0.72:  # slides from the start
@@ -141,8 +143,9 @@ def simulate(
     for i, radius in enumerate(radii):
         for _ in range(300):
             point, velocity = place(rng)
-            if start and rng.random() < BEHIND:
-                other = start[rng.choice(list(start))][0]
+            resting = [p for p, speed in start.values() if not speed.any()]
+            if resting and rng.random() < BEHIND:  # seen from the camera, above (0, 0)
+                other = resting[rng.integers(len(resting))]
                 point = other * (1 + rng.uniform(0.8, 1.6) / np.linalg.norm(other))
                 point, velocity = point + [rng.normal(0, 0.35), 0], np.zeros(2)
             gaps = [math.dist(point, p) - radius - radii[k] for k, (p, _) in start.items()]
