@@ -53,6 +53,7 @@ NOMINAL = {
     "yellow": (255, 238, 51),
 }
 AT_BORDER, BEHIND = 0.05, 0.08  # shares of objects that rest cut by the picture's end, or hidden
+GRAY_METAL = 0.15  # share of videos that each kind is put into besides: it looks like its shadow
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
@@ -179,6 +180,10 @@ def make_scene(
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
 
     ids = 1 + rng.permutation(NUM_CLASSES - 1)  # so that no two objects are of one kind
+    _, material, colour = factors(ids)
+    gray_metal = (material == MATERIALS.index("metal")) & (colour == COLOURS.index("gray"))
+    first = gray_metal & (rng.random(len(ids)) < GRAY_METAL)
+    ids = np.concatenate([ids[first], ids[~first]])
     ids = ids[: rng.integers(objects[0], objects[1] + 1)]
     xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]], num_frames)
     ids = ids[kept]
