@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from scene import LAMP_RADIUS, Scene, dot, unit
+from scene import LAMP_RADIUS, SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance of each lamp in metal
-AMBIENT, BOUNCE = 0.07, 0.24  # light from everywhere above, and from the ground below
+AMBIENT, BOUNCE = 0.047, 0.23  # light from everywhere above, and from the ground below
 RUBBER, METAL = 1.08, 0.96  # share of light that comes back, relative to the ground
 SKY, HAZE, HAZE_WIDTH = 0.022, 0.08, 0.5  # metal sees a dark sky, brighter far ahead (radians)
 GLINT_WIDTH, GLOW, GLOW_WIDTH = 0.07, 0.12, 0.45  # radians; a lamp's image and its halo
@@ -87,9 +87,8 @@ def intersect(scene: Scene, rays: Rays, which: Tensor) -> Tensor:
     return torch.where((first < last) & (last > 0), first.clamp(min=0), math.inf)
 
 
-def first_hit(scene: Scene, rays: Rays, ray: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (M,) to the nearest hit among the pairs (ray, which), and the object or -1."""
-    t = intersect(scene, rays.take(ray), which)
+def first_hit(ray: Tensor, which: Tensor, t: Tensor, rays: Rays) -> tuple[Tensor, Tensor]:
+    """Distance (M,) to the nearest hit among pairs (ray, which) that meet at `t`; object or -1."""
     nearest = torch.full_like(rays.origin[:, 0], math.inf).scatter_reduce(0, ray, t, "amin")
     best = t.isfinite() & (t == nearest[ray])
     hit = torch.full_like(rays.frame, -1)
@@ -98,9 +97,10 @@ def first_hit(scene: Scene, rays: Rays, ray: Tensor, which: Tensor) -> tuple[Ten
 
 
 def surface_normal(scene: Scene, point: Tensor, frame: Tensor, which: Tensor) -> Tensor:
-    """Outward normals at points on objects. Edges of cubes and cylinders are rounded."""
+    """Outward normals at points on objects. Upright and upper edges are rounded."""
     p = turned(scene, point - scene.centre[frame, which], frame, which)
     flat = p.sign() * (p.abs() - scene.half[which] + BEVEL).clamp(min=0)
+    flat[:, 2].clamp_(min=0)  # real lower edges are as bright as the sides above them
     ring = torch.linalg.vector_norm(p[:, :2], dim=-1).clamp(min=1e-6)
     side = p[:, :2] * ((ring - scene.radius[which] + BEVEL).clamp(min=0) / ring)[:, None]
     normal = torch.where(scene.round[which][:, None] > 0, p, flat + F.pad(side, (0, 1)))
@@ -122,19 +122,6 @@ def ambient(point: Tensor, normal: Tensor) -> Tensor:
     up = 0.5 + 0.5 * normal[..., 2:].expand_as(normal)
     lit = 1 - (-normal[..., 2:]).clamp(min=0) * (1 - point[..., 2:] / 0.4).clamp(0, 1)
     return AMBIENT * up + BOUNCE * lit * (1 - up)
-
-
-def contact_shade(scene: Scene, ground: Tensor, frames: Tensor) -> Tensor:
-    """Share of light (len(frames), pixels, 1) that objects standing nearby leave to the ground.
-
-    A sphere of radius r that touches the ground hides (r / D) ** 3 of the sky, weighted by the
-    cosine, from a point at distance D of its centre (https://iquilezles.org/articles/sphereao).
-    """
-    share = torch.ones((len(frames), len(ground)), device=ground.device)
-    for centre in (scene.centre[frames] + scene.lean).unbind(1):  # (len(frames), 3)
-        to = centre[:, None] - ground
-        share *= 1 - scene.contact * (centre[:, 2:] / dot(to, to).sqrt()) ** 3
-    return share[..., None]
 
 
 def irradiance(
@@ -163,7 +150,8 @@ def reflection(scene: Scene, rays: Rays, skip: Tensor, random: Generator) -> Ten
         angle = 2 - 2 * dot(unit(scene.lamp[lamp] - rays.origin), direction)  # squared, if small
         image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
         seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
-    t, hit = first_hit(scene, rays, *near(scene, rays, skip=skip))
+    ray, which = near(scene, rays, skip=skip)
+    t, hit = first_hit(ray, which, intersect(scene, rays.take(ray), which), rays)
     to_ground = torch.where(direction[:, 2] < -1e-3, -rays.origin[:, 2] / direction[:, 2], math.inf)
     point = rays.origin + torch.minimum(t, to_ground).clamp(max=1e4)[:, None] * direction
     m = ((hit < 0) & to_ground.isfinite()).nonzero()[:, 0]
@@ -233,7 +221,36 @@ def ground_light(
         seen = torch.ones((len(frames), len(ground), SAMPLES), device=ground.device)
         seen.view(-1)[index[blocked]] = 0
         total += seen.mean(-1)[..., None] * lamp_light(scene, lamp, ground, up)
-    return total * contact_shade(scene, ground, frames)
+    return total
+
+
+def in_label(
+    scene: Scene,
+    rays: Rays,
+    row: Tensor,
+    size: tuple[int, int],
+    hit: Tensor,
+    ray: Tensor,
+    which: Tensor,
+) -> Tensor:
+    """Whether rays (M,) meet an object where its label shows it, see `scene.NARROW`.
+
+    `row` (M,) counts the rows of all frames, of which there are size[0] with size[1] rows each;
+    `hit` (M,) is the object that a ray meets first, or -1; `ray` and `which` are all pairs that
+    meet, so that an outline is that of the whole object, whatever hides it.
+    """
+    n = len(scene.narrow)
+    width = torch.bincount(row[ray] * n + which, minlength=math.prod(size) * n).view(*size, n)
+    wide = width >= scene.narrow * width.amax(1, keepdim=True)
+    return (hit >= 0) & wide.view(-1, n)[row, hit] & ~on_rim(scene, rays, hit)
+
+
+def on_rim(scene: Scene, rays: Rays, hit: Tensor) -> Tensor:
+    """Whether rays (M,) pass a sphere's centre too far away for its label, see `scene.SHRINK`."""
+    to = scene.centre[rays.frame, hit] - rays.origin
+    along, radius = dot(to, rays.direction), scene.radius[hit]
+    radius = radius - SHRINK * (radius - SMALL * along).clamp(min=0)
+    return (scene.round[hit] > 0) & (dot(to, to) - along * along > radius * radius)
 
 
 def render_frames(
@@ -267,10 +284,12 @@ def render_frames(
     view = look(0.5 * row + 0.25, 0.5 * column + 0.25)
     rays = Rays(scene.eye.expand_as(view), view, frames[slot].repeat_interleave(per_block))
     pair = (pair[:, None] * per_block + torch.arange(per_block, device=device)).flatten()
-    t, hit = first_hit(scene, rays, pair, which.repeat_interleave(per_block))
+    which = which.repeat_interleave(per_block)
+    met = intersect(scene, rays.take(pair), which)
+    t, hit = first_hit(pair, which, met, rays)
     m = (hit >= 0).nonzero()[:, 0]
     colour = torch.zeros_like(view)
-    colour[m] = shade(scene, rays.take(m), t[m], hit[m], random)
+    colour[m] = shade(scene, rays.take(m), t[m], hit[m], random).clamp(max=1)  # glints are no blots
     bare = (hit < 0).view(-1, CELL * CELL, 4).float().mean(-1)[..., None]
     at = slot[:, None], pixel
     picture[at] = picture[at] * bare + colour.view(-1, CELL * CELL, 4, 3).mean(2)
@@ -278,9 +297,11 @@ def render_frames(
     # Real masks sit half a pixel up and left of the picture and are a little too large: a mask
     # pixel shows the nearest of the four half pixels around the lower right corner of its pixel.
     at = slot.repeat_interleave(per_block), row, column
+    line, size, some = at[0] * 2 * height + row, (len(frames), 2 * height), met.isfinite()
+    shown = in_label(scene, rays, line, size, hit, pair[some], which[some])
     closeness = torch.zeros((len(frames), 2 * height + 1, 2 * width + 1), device=device)
     ids = torch.zeros_like(closeness, dtype=torch.uint8)
-    closeness[at], ids[at] = 1 / t, torch.where(hit < 0, 0, scene.ids[hit])
+    closeness[at], ids[at] = torch.where(shown, 1 / t, 0), torch.where(shown, scene.ids[hit], 0)
     _, index = F.max_pool2d(closeness[:, None, 1:, 1:], 2, return_indices=True)
     masks = ids[:, 1:, 1:].flatten(1).gather(1, index.flatten(1))
     return picture.view(-1, height, width, 3), masks.view(-1, height, width)

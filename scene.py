@@ -16,6 +16,7 @@ from classes import COLOURS, MATERIALS, NUM_CLASSES, SHAPES, factors
 CAMERA_HEIGHT = 5.34
 CAMERA_PITCH = 0.4716  # radians below the horizon
 FOCAL_LENGTH = 1.25  # image widths: 45 mm on a 36 mm sensor
+NEAREST = 5.9  # y of the ground at the lower edge of the picture
 
 # One row per shape: cube, sphere, cylinder. An extent this large does not limit the shape.
 FREE = 1e3
@@ -24,13 +25,21 @@ RADIUS = np.array([FREE, 0.405, 0.42])
 HEIGHT = np.array([0.39, 0.405, 0.395])  # of the centre
 FOOTPRINT = np.array([0.39 * 2**0.5, 0.405, 0.42])  # radius of the disc that collides
 REACH = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a sphere around it
+# Real labels come from a detector. It flattens the tops and bottoms of what is round (rows of an
+# outline narrower than this share of its widest are background), and draws spheres the smaller the
+# larger they look: by this share of what their radius exceeds SMALL times their distance. Measured
+# on real video_0 and video_1.
+NARROW = np.array([0.0, 0.2, 0.4])
+SHRINK, SMALL = 0.07, 0.0267  # SMALL: 8 pixels in a frame 240 wide
 
-# One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky.
-LAMP_POSITION = np.array([[-8.2, -4.2, 10.1], [-8.5, 21.0, 6.3], [5.9, 13.0, 13.8], [-6, -1, 60]])
-LAMP_POWER = np.array([[36.0, 34, 28.9], [5.5, 5.7, 7.8], [12.5, 13, 12.7], [240, 240, 240]])
-LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 25.0])
+# One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky: it
+# makes the dark core of real shadows, close to the right of what stands there.
+LAMP_POSITION = np.array(
+    [[-8.2, -4.2, 10.1], [-8.5, 21.0, 6.3], [5.9, 13.0, 13.8], [-48, -12, 108]]
+)
+LAMP_POWER = np.array([[33.5, 31.6, 26.9], [5.1, 5.3, 7.3], [11.6, 12.1, 11.8], [1540, 1540, 1540]])
+LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 24.0])
 AIM = (2.0, 12.0, 0.0)  # what the lamps face
-CONTACT_LEAN = (0.14, 0.0)  # the dark of the ground around an object lies to its right
 
 # 8-bit values of CLEVR. Blender took them for linear ones, which makes real frames dull.
 NOMINAL = {
@@ -43,6 +52,8 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
+AT_BORDER, BEHIND = 0.05, 0.08  # shares of objects that rest cut by the picture's end, or hidden
+GRAY_METAL = 0.15  # share of videos that each kind is put into besides: it looks like its shadow
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
@@ -58,12 +69,11 @@ class Scene(NamedTuple):
     reach: Tensor  # (N,) radius of a sphere around the object
     albedo: Tensor  # (N, 3) linear colour
     metal: Tensor  # (N,) bool
+    narrow: Tensor  # (N,) rows of its outline narrower than this share of the widest have no label
     ids: Tensor  # (N,) uint8 class ids
     lamp: Tensor  # (L, 3) positions
     facing: Tensor  # (L, 3) of length 1
     power: Tensor  # (L, 3) linear colour
-    contact: float  # share of light that an object takes from the ground that it touches
-    lean: Tensor  # (3,) where that shade is centred, relative to the object
     eye: Tensor  # (3,) position of the camera
     axes: Tensor  # (3, 3) its right, up, and forward
     focal: float  # pixels
@@ -87,6 +97,12 @@ def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     y, angle, fate = rng.uniform(7.0, 17.5), rng.uniform(0, 2 * np.pi), rng.random()
     point = np.array([rng.uniform(-0.4, 0.4) * y, y])
     heading = np.array([np.cos(angle), np.sin(angle)])
+    if fate < AT_BORDER:  # rests where the picture ends: at its sides, or at its lower edge
+        outside = rng.uniform(-0.5, 0.25)  # so far out that a sliver of 0.15 is in view
+        depth = math.cos(CAMERA_PITCH) * y + math.sin(CAMERA_PITCH) * (CAMERA_HEIGHT - 0.4)
+        x = rng.choice([-1, 1]) * (depth / (2 * FOCAL_LENGTH) + outside)
+        at_side = rng.random() < 0.7
+        return np.array([x, y] if at_side else [point[0], NEAREST - outside]), np.zeros(2)
     if fate < 0.6:  # rests until something hits it
         return point, np.zeros(2)
     if fate < 0.72:  # slides from the start
@@ -128,6 +144,11 @@ def simulate(
     for i, radius in enumerate(radii):
         for _ in range(300):
             point, velocity = place(rng)
+            resting = [p for p, speed in start.values() if not speed.any()]
+            if resting and rng.random() < BEHIND:  # seen from the camera, above (0, 0)
+                other = resting[rng.integers(len(resting))]
+                point = other * (1 + rng.uniform(0.8, 1.6) / np.linalg.norm(other))
+                point, velocity = point + [rng.normal(0, 0.35), 0], np.zeros(2)
             gaps = [math.dist(point, p) - radius - radii[k] for k, (p, _) in start.items()]
             if min(gaps, default=1) > 0.05:
                 start[i] = point, velocity
@@ -159,6 +180,10 @@ def make_scene(
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
 
     ids = 1 + rng.permutation(NUM_CLASSES - 1)  # so that no two objects are of one kind
+    _, material, colour = factors(ids)
+    gray_metal = (material == MATERIALS.index("metal")) & (colour == COLOURS.index("gray"))
+    first = gray_metal & (rng.random(len(ids)) < GRAY_METAL)
+    ids = np.concatenate([ids[first], ids[~first]])
     ids = ids[: rng.integers(objects[0], objects[1] + 1)]
     xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]], num_frames)
     ids = ids[kept]
@@ -181,12 +206,11 @@ def make_scene(
         reach=tensor(REACH[shape]),
         albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
+        narrow=tensor(NARROW[shape]),
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
         power=tensor(LAMP_POWER * np.exp(brightness)),
-        contact=rng.uniform(0.4, 1.0),
-        lean=tensor(np.append(rng.normal(CONTACT_LEAN, 0.08), 0)),
         eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
         focal=FOCAL_LENGTH * width * math.exp(rng.normal(0, 0.02)),

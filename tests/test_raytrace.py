@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raytrace import Rays, intersect, surface_normal
-from scene import HALF, HEIGHT, RADIUS, REACH, make_scene, unit
+from raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
+from scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
 
 
 def one_object(shape, turn=0.0):
@@ -19,6 +19,7 @@ def one_object(shape, turn=0.0):
         turn=torch.tensor([[[math.cos(turn), math.sin(turn)]]]),
         half=torch.tensor(HALF[shape : shape + 1], dtype=torch.float32),
         radius=torch.tensor(RADIUS[shape : shape + 1], dtype=torch.float32),
+        narrow=torch.tensor(NARROW[shape : shape + 1], dtype=torch.float32),
         round=torch.tensor([1.0 if shape == 1 else 0.0]),
         reach=torch.tensor(REACH[shape : shape + 1], dtype=torch.float32),
     )
@@ -75,3 +76,57 @@ def test_ray_misses_beside_above_and_behind(shape):
 def test_cylinder_corner_is_no_cube_corner():
     assert hit(one_object(0), (0.35, 9.65, 5), (0, 0, -1))[0] < math.inf
     assert hit(one_object(2), (0.35, 9.65, 5), (0, 0, -1))[0] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        # The front of a cube, 9.61 away, reaches 300 * 0.39 / 9.61 = 12.17 pixels to each side of
+        # (80, 120): 67.83 to 92.17 down. A mask pixel r looks at r + 0.75 and at r + 1.25.
+        (0, (67, 91), (107, 131)),
+        # A label of a sphere 10 away has a radius of 0.395, 11.87 pixels; see below.
+        (1, (67, 91), (107, 131)),
+        # A cylinder at the height of the eye is a rectangle, 0.395 / 9.58 * 300 = 12.37 high.
+        (2, (67, 91), (107, 131)),
+    ],
+)
+def test_mask_of_an_object_straight_ahead_worked_by_hand(shape, rows, columns):
+    scene = one_object(shape)._replace(
+        eye=torch.tensor([0.0, 0.0, float(HEIGHT[shape])]),
+        axes=torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
+        focal=300.0,
+    )
+    random = torch.Generator().manual_seed(0)
+    points = lamp_points(scene, 160 * 240, random)
+    _, masks = render_frames(scene, torch.arange(1), 160, 240, points, random)
+    where = masks[0].nonzero()
+    assert (*where.amin(0).tolist(), *where.amax(0).tolist()) == (
+        *(rows[0], columns[0]),
+        *(rows[1], columns[1]),
+    )
+
+
+def test_label_leaves_out_rows_narrower_than_a_share_of_the_widest():
+    """Of a cylinder's outline, 10 rays wide, rows below 0.4 of that; of a cube's, none."""
+    row = torch.tensor([0] * 10 + [1] * 3 + [2] * 4)
+    ray = torch.arange(len(row))
+    start = torch.tensor([[0.0, 0.0, 0.4]]).expand(len(row), 3)
+    ahead = torch.tensor([[0.0, 1.0, 0.0]]).expand(len(row), 3)
+    rays = Rays(start, ahead, torch.zeros_like(ray))
+    for shape, narrow_row in ((2, False), (0, True)):
+        hit = torch.zeros_like(ray)
+        shown = in_label(one_object(shape), rays, row, (1, 3), hit, ray, hit)
+        assert shown.tolist() == [True] * 10 + [narrow_row] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("distance", "radius"),
+    [(10, 0.405 - 0.07 * (0.405 - 0.0267 * 10)), (16, 0.405)],  # 16 away it looks small
+)
+def test_label_of_a_sphere_is_smaller_the_closer_it_is(distance, radius):
+    for offset, expected in ((radius - 0.001, True), (radius + 0.001, False)):
+        start = torch.tensor([[offset, 10.0 - distance, float(HEIGHT[1])]])
+        rays = Rays(start, torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
+        one = torch.tensor([0])
+        shown = in_label(one_object(1), rays, one, (1, 1), one, one, one)
+        assert shown.tolist() == [expected]
