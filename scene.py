@@ -52,8 +52,8 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
-AT_BORDER, BEHIND = 0.05, 0.08  # shares of objects that rest cut by the picture's end, or hidden
-GRAY_METAL = 0.15  # share of videos that each kind is put into besides: it looks like its shadow
+AT_BORDER, BEHIND = 0.05, 0.04  # shares of objects that rest cut by the picture's end, or hidden
+GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it looks like its shadow
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
