@@ -7,7 +7,8 @@
     torchrun --nproc-per-node=8 train.py --data path       # eight GPUs
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
-Training on it starts from weights/clevr_unet.pt, so that three videos are enough.
+Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goes through them
+several times, so that three are enough.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
 TensorBoard events to --out. SIGTERM and Ctrl-C stop it after the current step, with all of its
@@ -65,11 +66,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add(
-        "--num-epochs",
-        type=at_least(1),
-        help="passes over the data, several of few videos (default: 8, or 30 with --init FILE)",
-    )
+    add("--num-epochs", type=at_least(1), help="default: 8, or 30 with a file given as --init")
     add(
         "--batch-size",
         type=at_least(1),
@@ -85,9 +82,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--init",
         type=Path,
-        metavar="FILE",
-        help="start from the weights of this checkpoint, or from nothing with none (default: from "
-        f"{SHIPPED.parent.name}/{SHIPPED.name}, from nothing without --data and with --widths)",
+        help="checkpoint whose weights to start from; none: from nothing, as without --data and "
+        f"with --widths (default: {SHIPPED.parent.name}/{SHIPPED.name})",
     )
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
