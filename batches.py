@@ -20,6 +20,7 @@ from utils import Processes, UserError, usable_cpus
 MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
 MAX_LANES = 16  # threads that label videos of their own
 GPU_LANES = 4  # one launches while another waits for its labels or for the disk
+EPOCH_STEPS = 20  # at least: eight such epochs bring trained weights to the look of a few videos
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -33,6 +34,7 @@ class ShardedBatches(Sampler[list[int]]):
             the only one; else in order, every frame exactly once, and a process that has no share
             of the last batch ends one batch earlier.
         seed: Of the order.
+        passes: How often an epoch goes through all frames, each time in another order.
 
     Attributes:
         epoch: Which one is next.
@@ -40,25 +42,34 @@ class ShardedBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, frames: int, batch_size: int, processes: Processes, shuffle: bool, seed: int = 0
+        self,
+        frames: int,
+        batch_size: int,
+        processes: Processes,
+        shuffle: bool,
+        seed: int = 0,
+        passes: int = 1,
     ):
         self.frames, self.batch_size, self.processes = frames, batch_size, processes
-        self.shuffle, self.seed, self.epoch, self.done = shuffle, seed, 0, 0
+        self.shuffle, self.seed, self.passes = shuffle, seed, passes
+        self.epoch, self.done = 0, 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.frames, self.batch_size)
-        return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
+        return self.passes * self._batches_of_a_pass()
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = range(self.frames)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-            order = torch.randperm(self.frames, generator=generator).tolist()
-        for start in range(
-            self.done * self.batch_size, len(self) * self.batch_size, self.batch_size
-        ):
-            batch = order[start : start + self.batch_size]
-            yield batch[self.processes.rank :: self.processes.count]
+        count, order = self._batches_of_a_pass(), list(range(self.frames))
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        for number in range(self.passes):
+            if self.shuffle:
+                order = torch.randperm(self.frames, generator=generator).tolist()
+            for k in range(max(0, self.done - number * count), count):
+                batch = order[k * self.batch_size : (k + 1) * self.batch_size]
+                yield batch[self.processes.rank :: self.processes.count]
+
+    def _batches_of_a_pass(self) -> int:
+        whole, rest = divmod(self.frames, self.batch_size)
+        return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
 
 
 def load_data(
@@ -82,7 +93,13 @@ def load_data(
             f"{len(training)} training frames of {len(training.videos)} videos, "
             f"{len(validation)} validation frames of {len(validation.videos)} videos"
         )
-    batches = ShardedBatches(len(training), batch_size, processes, True, seed)
+    passes = math.ceil(EPOCH_STEPS / max(1, len(training) // batch_size))
+    batches = ShardedBatches(len(training), batch_size, processes, True, seed, passes)
+    if processes.first and passes > 1:
+        print(
+            f"an epoch takes {passes} passes over these few frames, {len(batches)} steps, "
+            "so that a run has enough of them"
+        )
     val_batches = ShardedBatches(len(validation), 2 * batch_size, processes, False)
     frame = sum(part.numel() for part in training[0])  # bytes
     workers = choose_workers(workers, 3 * batch_size * frame, processes)  # of both loaders

@@ -83,10 +83,10 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint says
 
     @classmethod
-    def start(cls, model: nn.Module) -> "Run":
-        """Return a run that begins with the weights of a network."""
+    def start(cls, model: nn.Module, pull: float = 0.0) -> "Run":
+        """Return a run that begins with the weights of a network; `pull` as of MuonAdamW."""
         average = copy.deepcopy(model).requires_grad_(False)
-        return cls(model, average, MuonAdamW(model))
+        return cls(model, average, MuonAdamW(model, pull))
 
     def resume(self, path: Path, batch_size: int) -> None:
         """Go on from a `Unet_checkpoint_last.pt`, in the midst of an epoch if it was saved there.

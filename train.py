@@ -3,10 +3,12 @@
     python train.py                                        # renders data/demo first
     python train.py --data path --num-epochs 10            # your own videos
     python train.py --data path --resume                   # go on after an interruption
-    python train.py --data path --init weights/clevr_unet.pt   # fine-tune
+    python train.py --data path --init none                # do not start from the shipped weights
     torchrun --nproc-per-node=8 train.py --data path       # eight GPUs
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
+Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goes through them
+several times, so that three are enough.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
 TensorBoard events to --out. SIGTERM and Ctrl-C stop it after the current step, with all of its
@@ -16,6 +18,7 @@ state saved.
 import argparse
 import copy
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -33,7 +36,7 @@ from classes import NUM_CLASSES
 from log import Log
 from metrics import confusion_matrix, summarise
 from model import UNet, for_labelling
-from optim import learning_rate_at, scaled_rate, update_average
+from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
 from runs import LAST, Keeper, Run
 from utils import (
@@ -49,7 +52,11 @@ from utils import (
     seed_everything,
 )
 
+SETTLE_STEPS = 10  # whose batches are shown once more: 320 crops tell statistics well enough
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
+NOTHING = Path("none")  # of --init
+SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
+PULL = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to the weights given
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 
 
@@ -61,11 +68,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add(
-        "--num-epochs",
-        type=at_least(1),
-        help="passes over the data (default: 8, or 30 with --init)",
-    )
+    add("--num-epochs", type=at_least(1), help="default: 8, or 30 with a file given as --init")
     add(
         "--batch-size",
         type=at_least(1),
@@ -75,10 +78,15 @@ def parse_args() -> argparse.Namespace:
     add(
         "--learning-rate",
         type=float,
-        help="highest (default: 4e-3, or 1e-3 with --init; times the square root of "
+        help="highest (default: 4e-3, or 1e-3 from trained weights; times the square root of "
         "batch size / 16 where that is more than 1, at most twice)",
     )
-    add("--init", type=Path, help="start from the weights of this checkpoint")
+    add(
+        "--init",
+        type=Path,
+        help="checkpoint whose weights to start from; none: from nothing, as without --data and "
+        f"with --widths (default: {SHIPPED.parent.name}/{SHIPPED.name})",
+    )
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
@@ -98,7 +106,8 @@ def parse_args() -> argparse.Namespace:
     add("--widths", type=at_least(1), nargs="+", help="channels of each stage of the UNet")
     args = parser.parse_args()
     if args.num_epochs is None:
-        args.num_epochs = 30 if args.init else 8
+        args.num_epochs = 30 if args.init and args.init != NOTHING else 8
+    args.init = choose_init(args.init, args.data, args.widths)
     if args.learning_rate is None:
         args.learning_rate = scaled_rate(1e-3 if args.init else 4e-3, args.batch_size)
     if not 0 < args.learning_rate < math.inf:
@@ -106,6 +115,19 @@ def parse_args() -> argparse.Namespace:
     if args.widths and len(args.widths) < 2:
         parser.error("--widths needs two numbers or more, one for each stage")
     return args
+
+
+def choose_init(init: Path | None, data: Path, widths: list[int] | None) -> Path | None:
+    """Return whose weights training starts from, None for nothing, given what --init says."""
+    if init == NOTHING or (init is None and (data == DEMO_DATA or widths)):
+        return None
+    if init is None:
+        try:
+            UNet.load(SHIPPED)
+        except UserError as error:
+            print(f"the shipped weights are left out: {error}", file=sys.stderr)
+            return None
+    return init or SHIPPED
 
 
 def train_one_epoch(
@@ -212,13 +234,20 @@ def build_model(init: Path | None, widths: list[int] | None, device: torch.devic
     return model.to(device)
 
 
-def start_run(args: argparse.Namespace, steps: int, processes: Processes) -> Run:
+def start_run(args: argparse.Namespace, steps: int, frames: int, processes: Processes) -> Run:
     """Return the run, new or resumed, the same one on all processes.
+
+    Args:
+        args: The command line.
+        steps: Of an epoch.
+        frames: To learn from.
+        processes: All that train.
 
     Raises:
         UserError: they do not all find the same checkpoint.
     """
-    run = Run.start(build_model(args.init, args.widths, processes.device))
+    model = build_model(args.init, args.widths, processes.device)
+    run = Run.start(model, PULL / frames if args.init else 0.0)
     run.loss.processes = processes
     run.facts = {"data": str(args.data.resolve()), "seed": args.seed}
     if args.resume and (args.out / LAST).exists():
@@ -233,6 +262,9 @@ def start_run(args: argparse.Namespace, steps: int, processes: Processes) -> Run
         )
     if processes.first:
         print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
+        if not run.step:
+            whose = f"the weights of {args.init}" if args.init else "nothing"
+            print(f"starting from {whose}, with a learning rate of up to {args.learning_rate:g}")
         if run.step:
             within = f" and step {run.done}" if run.done else ""
             print(f"going on after epoch {run.epoch}{within}")
@@ -256,7 +288,7 @@ def main() -> None:
     loader, val_loader = load_data(
         args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
     )
-    run = start_run(args, len(loader), processes)
+    run = start_run(args, len(loader), len(loader.dataset), processes)
     run.facts["frame_size"] = list(loader.dataset[0][0].shape[1:])  # scale.py asks for it
     if args.compile:
         images, masks = next(iter(loader))
@@ -271,10 +303,13 @@ def main() -> None:
     def rate_at(step: int) -> float:
         return learning_rate_at(step / total_steps, args.learning_rate)
 
-    def change(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def seed_step() -> None:
         # Every step has a seed of its own, so that a run which was stopped goes on like another.
         number = run.step * processes.count + processes.rank
         torch.manual_seed((1_000_000_007 * args.seed + number) % 2**63)
+
+    def change(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        seed_step()
         return augment(images, masks)
 
     with Keeper(run, args.out, args.batch_size, processes) as keeper:
@@ -282,6 +317,10 @@ def main() -> None:
             loader.batch_sampler.epoch, loader.batch_sampler.done = run.epoch + 1, run.done
             figures = train_one_epoch(run, parallel, loader, rate_at, device, change, keeper.attend)
             figures["frames_per_s"] *= processes.count
+            seed_step()
+            loader.batch_sampler.done = max(0, len(loader) - SETTLE_STEPS)
+            crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
+            settle_statistics(run.average, crops, device, processes)
             processes.copy_first(run.average)
             figures |= validate(
                 run.average, val_loader, device, processes, keeper.attend_validation

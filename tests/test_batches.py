@@ -58,6 +58,34 @@ def test_no_process_gets_an_empty_batch(count):
         assert len(list(batches)) == len(batches) == (2 if rank == 0 else 1)
 
 
+def test_passes_differ_in_order_and_a_stop_in_the_second_goes_on():
+    """20 frames in batches of 6, three times over: the two left out of a pass are others each."""
+    processes = Processes(torch.device("cpu"))
+    several = ShardedBatches(20, 6, processes, shuffle=True, seed=1, passes=3)
+    once = ShardedBatches(20, 6, processes, shuffle=True, seed=1)
+    several.epoch = once.epoch = 2
+    found = list(several)
+    assert len(found) == len(several) == 9
+    assert found[:3] == list(once)
+    passes = [sum(found[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(len(set(order)) == 18 for order in passes)
+    assert len({tuple(order) for order in passes}) == 3
+    for several.done in (2, 3, 5, 9):
+        assert list(several) == found[several.done :]
+
+
+def test_processes_share_the_batches_of_every_pass():
+    shares = []
+    for rank in range(2):
+        processes = Processes(torch.device("cpu"))
+        processes.rank, processes.count = rank, 2
+        shares.append(list(ShardedBatches(9, 4, processes, shuffle=True, passes=3)))
+    assert len(shares[0]) == len(shares[1]) == 6
+    for one, other in zip(*shares, strict=True):
+        assert len(one) == len(other) == 2
+        assert not set(one) & set(other)
+
+
 @pytest.mark.parametrize("empty", ["train", "val"])
 def test_an_empty_part_of_a_split_is_named(tmp_path, empty):
     for part in ("train", "val"):

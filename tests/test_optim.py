@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import optim
+from model import UNet
+from utils import Processes
 
 
 def test_muon_is_torch_s(monkeypatch):
@@ -75,6 +77,52 @@ def test_the_state_of_a_version_that_did_not_fuse_loads():
     assert restored.adamw.param_groups[0]["fused"]
     for found, wanted in zip(step(restored), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_weights_are_pulled_to_where_they_began_also_after_going_on():
+    """Without a gradient a step at rate 0.01 and pull 30 goes back 0.3 of the way."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 2))
+    optimizer = optim.MuonAdamW(model, pull=30)
+    state = copy.deepcopy(optimizer.state_dict())
+    start = [weight.detach().clone() for weight in model.parameters()]
+
+    def off(step: optim.MuonAdamW) -> list[float]:
+        for weight, before in zip(model.parameters(), start, strict=True):
+            weight.data.copy_(before + 1)
+            weight.grad = torch.zeros_like(weight)
+        step.step(0.01)
+        pairs = zip(model.parameters(), start, strict=True)
+        return [(weight - before).mean().item() for weight, before in pairs]
+
+    assert off(optimizer) == pytest.approx([0.7] * 4, abs=1e-3)
+    for weight in model.parameters():
+        weight.data.zero_()
+    resumed = optim.MuonAdamW(model, pull=30)
+    resumed.load_state_dict(state)
+    assert off(resumed) == pytest.approx([0.7] * 4, abs=1e-3)
+    state.pop("start")  # of a version without
+    resumed.load_state_dict(state)
+    assert off(resumed) == pytest.approx([1.0] * 4, abs=1e-3)
+
+
+def test_settled_statistics_are_those_of_what_is_shown():
+    torch.manual_seed(0)
+    model = UNet([4, 6])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.fill_(7.0)
+    weights = [weight.clone() for weight in model.parameters()]
+    seen: list[torch.Tensor] = []
+    hook = model.encoder[0][0].conv1.register_forward_hook(lambda *parts: seen.append(parts[2]))
+    batches = [torch.rand(3, 3, 16, 16) for _ in range(2)]
+    device = torch.device("cpu")
+    optim.settle_statistics(model, batches, device, Processes(device))
+    hook.remove()
+    norm = model.encoder[0][0].norm1
+    expected = torch.stack([x.float().mean(dim=(0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, expected, rtol=1e-2, atol=1e-3)
+    assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():

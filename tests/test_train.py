@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run, torchrun, write_video
+from torch.utils.data import DataLoader
 
 import log
+import train
+from augment import augment
+from batches import ShardedBatches
+from dataset import CLEVRDataset
 from model import UNet
+from optim import learning_rate_at, settle_statistics
 from render import render_video
-from runs import LAST
-from utils import load_checkpoint, save_checkpoint
+from runs import LAST, Run
+from utils import Processes, load_checkpoint, save_checkpoint
 
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
 
@@ -116,23 +122,23 @@ train.run_script(train.main)
 """
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 8), (signal.SIGINT, 12)])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 32), (signal.SIGINT, 48)])
 def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     finished, videos, tmp_path, number, step
 ):
-    """Of 6 epochs of 6 steps, in the second and just at its end."""
+    """Of 6 epochs of 4 passes of 6 steps: in the second pass of the second, and at its end."""
     (tmp_path / "stop.py").write_text(STOP)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
     result = run(tmp_path / "stop.py", f"{number},{step},0", *command, env=environment)
     assert result.returncode == 128 + number
     line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"stopped after step {step - 6} of epoch 2, all is saved; go on with:")
+    assert line.startswith(f"stopped after step {step - 24} of epoch 2, all is saved; go on with:")
     assert line.endswith("--resume")
     checkpoint = load_checkpoint(tmp_path / "Unet_checkpoint_last.pt")
     assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
     result = run("train.py", *command, "--resume")
-    assert f"going on after epoch 1 and step {step - 6}" in result.stdout
+    assert f"going on after epoch 1 and step {step - 24}" in result.stdout
     assert same(weights(finished / LAST), weights(tmp_path / LAST))
     assert figures(finished) == figures(tmp_path)
 
@@ -141,28 +147,28 @@ def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos
     (tmp_path / "stop.py").write_text(STOP)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
-    arguments = (f"{signal.SIGKILL:d},10,0", *command)
+    arguments = (f"{signal.SIGKILL:d},34,0", *command)
     assert run(tmp_path / "stop.py", *arguments, env=environment).returncode == -signal.SIGKILL
     result = run("train.py", *command, "--resume")
-    assert "going on after epoch 1 and step 3" in result.stdout
+    assert "going on after epoch 1 and step 9" in result.stdout
     assert same(weights(finished / LAST), weights(tmp_path / LAST))
     assert figures(finished) == figures(tmp_path)
 
 
 def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, tmp_path):
-    """One of three gets the signal in step 7; they ask each other after steps 5 and 10."""
+    """One of three gets the signal in step 32; they ask each other after steps 30 and 35."""
     (tmp_path / "stop.py").write_text(STOP)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
-    arguments = (f"{signal.SIGTERM:d},7,2", *command)
+    arguments = (f"{signal.SIGTERM:d},32,2", *command)
     result = run(tmp_path / "stop.py", *arguments, launcher=torchrun(3), env=environment)
     assert result.returncode != 0
-    assert "stopped after step 4 of epoch 2, all is saved" in result.stderr
+    assert "stopped after step 11 of epoch 2, all is saved" in result.stderr
     state = load_checkpoint(tmp_path / LAST)["training"]
-    assert (state["frames"], state["loss"][1]) == (16, 4)
+    assert (state["frames"], state["loss"][1]) == (44, 11)
     result = run("train.py", *command, "--resume", launcher=torchrun(2), env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on after epoch 1 and step 4" in result.stdout
+    assert "going on after epoch 1 and step 11" in result.stdout
     assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
 
 
@@ -205,7 +211,9 @@ def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path
     arguments = ("--out", tmp_path / "out", "--data", videos, "--num-epochs", 7, "--resume", *TINY)
     result = run(tmp_path / "apart.py", *arguments, launcher=torchrun(2), env=environment)
     assert result.returncode != 0
-    assert "go on after other steps (36, 0): give an --out that all machines share" in result.stderr
+    assert (
+        "go on after other steps (144, 0): give an --out that all machines share" in result.stderr
+    )
 
 
 def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path):
@@ -239,6 +247,61 @@ def test_init_starts_from_the_given_weights(finished, videos, tmp_path):
     torch.testing.assert_close(after[key], before[key])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "starts_from", "rate", "epochs"),
+    [
+        (["--data", "d"], train.SHIPPED, 1e-3, 8),
+        (["--data", "d", "--init", "none"], None, 4e-3, 8),
+        (["--data", "d", "--init", "other.pt"], Path("other.pt"), 1e-3, 30),
+        (["--data", "d", "--widths", "8", "16"], None, 4e-3, 8),
+        ([], None, 4e-3, 8),
+        (["--init", "other.pt", "--learning-rate", "0.5"], Path("other.pt"), 0.5, 30),
+    ],
+)
+def test_what_training_starts_from(arguments, starts_from, rate, epochs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    args = train.parse_args()
+    assert (args.init, args.learning_rate, args.num_epochs) == (starts_from, rate, epochs)
+
+
+def test_scripts_without_their_weights_start_from_nothing_and_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(train, "SHIPPED", Path("gone.pt"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "d"])
+    assert train.parse_args().init is None
+    assert "shipped weights are left out: no checkpoint at gone.pt" in capsys.readouterr().err
+
+
+def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp_path):
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--batch-size", 16]
+    result = run("train.py", *command, "--learning-rate", 1e-12, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "an epoch takes 20 passes over these few frames, 20 steps" in result.stdout
+    assert f"starting from the weights of {train.SHIPPED}" in result.stdout
+    before, after = weights(train.SHIPPED), weights(tmp_path / LAST)
+    key = "encoder.1.0.conv2.weight"
+    torch.testing.assert_close(after[key], before[key].float())
+
+
+def test_thirty_steps_from_nothing_validate_like_their_own_weights(videos):
+    """Of the average as of the weights of the last step with their own statistics."""
+    torch.manual_seed(0)
+    device, processes = torch.device("cpu"), Processes(torch.device("cpu"))
+    data = CLEVRDataset(videos)
+    batches = ShardedBatches(len(data), 8, processes, shuffle=True, passes=8)
+    loader, current = DataLoader(data, batch_sampler=batches), Run.start(UNet([8, 16, 24]))
+    batches.done = 2  # of 32
+    train.train_one_epoch(
+        current, current.model, loader, lambda step: learning_rate_at(step / 30, 4e-3), device
+    )
+    losses = []
+    for network in (current.average, current.model):
+        batches.done = 22
+        crops = (augment(images, masks)[0] for images, masks in loader)
+        settle_statistics(network, crops, device, processes)
+        losses.append(train.validate(network, loader, device, processes)["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_overfits_one_video_through_all_scripts(tmp_path):
     """Render, train, infer, evaluate: mIoU above 0.95 on what was learned by heart."""
     result = run("render.py", "--out", tmp_path / "one", "--videos", 1, "--seed", 3)
@@ -246,10 +309,10 @@ def test_overfits_one_video_through_all_scripts(tmp_path):
     (tmp_path / "data").mkdir()
     for part in ("train", "val"):
         (tmp_path / "data" / part).symlink_to(tmp_path / "one")
-    train_command = ["--data", "data", "--num-epochs", 25, "--batch-size", 4]
+    train_command = ["--data", "data", "--init", "none", "--num-epochs", 7, "--batch-size", 4]
     result = run("train.py", *train_command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_25.pt"
+    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_7.pt"
     result = run("infer.py", "--ckpt", checkpoint, "--out", "masks", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     result = run(
