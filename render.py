@@ -32,9 +32,11 @@ from scene import make_scene
 from utils import UserError, at_least, atomic_write, choose_device, run_script, usable_cpus
 
 RENDERER = 2  # raised when a seed no longer gives the same bytes
-NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of CLEVRER's videos; pixels
+NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of the videos that others have; pixels
 RECORD = "render.json"  # beside the videos: what made them
-DEMO_DATA, DEMO_VIDEOS, DEMO_OBJECTS = Path("data/demo"), 160, (4, 10)  # where no data is given
+# Where no data is given: short videos, since a network learns more from other objects than from
+# the same ones a moment later.
+DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 400, 11, (4, 10)
 REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
@@ -67,10 +69,17 @@ def render_video(
     return develop(pictures, rng, random), masks
 
 
-def write_video(out: Path, number: int, seed: int, objects: tuple[int, int], device: str) -> None:
+def write_video(
+    out: Path,
+    number: int,
+    seed: int,
+    objects: tuple[int, int],
+    device: str,
+    num_frames: int = NUM_FRAMES,
+) -> None:
     """Render into out/video_<number>, a folder that appears whole or not at all."""
     torch.set_num_threads(1)  # the bytes must not depend on it, and workers use all cores
-    frames, masks = render_video([seed, number], objects, device=device)
+    frames, masks = render_video([seed, number], objects, num_frames, device)
     video = out / f"video_{number}"
     partial = out / f".video_{number}.{secrets.token_hex(4)}.partial"
     try:
@@ -155,6 +164,7 @@ def render_dataset(
     device: str = "cpu",
     progress: bool = True,
     start: int = 0,
+    num_frames: int = NUM_FRAMES,
 ) -> None:
     """Render videos start .. start + num_videos - 1 into `out`, leaving those that are there.
 
@@ -167,7 +177,7 @@ def render_dataset(
         "renderer": RENDERER,
         "seed": seed,
         "objects": list(objects),
-        "frames": NUM_FRAMES,
+        "frames": num_frames,
         "height": HEIGHT,
         "width": WIDTH,
         "device": torch.device(device).type,
@@ -178,7 +188,7 @@ def render_dataset(
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
-        jobs = [pool.submit(write_video, out, k, seed, objects, device) for k in todo]
+        jobs = [pool.submit(write_video, out, k, seed, objects, device, num_frames) for k in todo]
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -190,7 +200,7 @@ def render_dataset(
 
 def render_demo() -> None:
     """Render what is missing of the videos that train.py and benchmark.py use by default."""
-    render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS)
+    render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS, num_frames=DEMO_FRAMES)
 
 
 def parse_args() -> argparse.Namespace:
@@ -198,7 +208,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the video_K folders")
-    add("--videos", type=at_least(1), required=True, help="how many, of 22 frames each")
+    add("--videos", type=at_least(1), required=True, help="how many")
+    add("--frames", type=at_least(1), default=NUM_FRAMES, help="per video (default %(default)s)")
     add("--start", type=at_least(0), default=0, help="number of the first (default %(default)s)")
     add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default %(default)s)")
     add("--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video")
@@ -215,10 +226,16 @@ def main() -> None:
     """Render what the command line asks for."""
     args = parse_args()
     choose_device(args.device)  # an unusable one is an error here, not in every worker
-    objects, start = tuple(args.objects), args.start
     try:
         render_dataset(
-            args.out, args.videos, args.seed, objects, args.workers, args.device, start=start
+            args.out,
+            args.videos,
+            args.seed,
+            tuple(args.objects),
+            args.workers,
+            args.device,
+            start=args.start,
+            num_frames=args.frames,
         )
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None

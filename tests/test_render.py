@@ -382,3 +382,13 @@ def test_unwritable_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert str(tmp_path / "file") in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_video_has_the_frames_that_are_asked_for(tmp_path, call):
+    settings = ("--out", tmp_path / "short", "--videos", 1, "--workers", 1)
+    assert call(render, *settings, "--frames", 2)[0] == 0
+    assert np.load(tmp_path / "short/video_0/mask.npy").shape == (2, 160, 240)
+    assert len(list((tmp_path / "short/video_0").glob("image_*.png"))) == 2
+    status, _, said = call(render, *settings)
+    assert status == 2
+    assert "frames 2, not 22" in said
