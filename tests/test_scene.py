@@ -34,7 +34,7 @@ def test_some_objects_rest_where_the_picture_ends():
 
 
 def test_gray_metal_is_seen_more_often_than_other_kinds_and_no_kind_twice():
-    """A kind is in 6 of 48 draws of 3 to 9 objects, one of gray metal in 15 % of videos besides."""
+    """A kind is in 6 of 48 draws of 3 to 9 objects, one of gray metal in 8 % of videos besides."""
     count = np.zeros(49)
     for seed in range(200):
         ids = make_scene(np.random.default_rng(seed), (3, 9), 1, 240, "cpu").ids.numpy()
@@ -42,4 +42,4 @@ def test_gray_metal_is_seen_more_often_than_other_kinds_and_no_kind_twice():
         count[ids] += 1
     gray_metal = [i for i, name in enumerate(CLASS_NAMES) if name.startswith("gray metal")]
     assert len(gray_metal) == 3
-    assert 1.5 < count[gray_metal].mean() / np.delete(count, [0, *gray_metal]).mean() < 3
+    assert 1.2 < count[gray_metal].mean() / np.delete(count, [0, *gray_metal]).mean() < 3
