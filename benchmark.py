@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 import check
+import checkpoints
 import infer
 import utils
 from model import UNet
@@ -134,7 +135,9 @@ def measure_memory(
             rows.append({"what": f"{name}, {what}", "peak_bytes": peak})
     with tempfile.TemporaryDirectory() as folder:
         ckpt = Path(folder, "network.pt")
-        utils.save_checkpoint(ckpt, {"model": model.state_dict(), "model_config": model.config})
+        checkpoints.save_checkpoint(
+            ckpt, {"model": model.state_dict(), "model_config": model.config}
+        )
         for number in MEMORY_VIDEOS:
             root = Path(folder, str(number))
             linked_videos(videos, root, number)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import checkpoints
 import infer
 import render
 import train
@@ -191,7 +192,7 @@ def run_train(case: Case, out: str, stop: bool = False, resume: bool = False) ->
     finally:
         train.validate, sys.argv = validate, argv
         torch.set_deterministic_debug_mode(deterministic)
-    state = utils.load_checkpoint(last)["training"]["model"]
+    state = checkpoints.load_checkpoint(last)["training"]["model"]
     return torch.cat([part.flatten().double() for part in state.values()])
 
 
@@ -305,7 +306,7 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
 
 def report(device: torch.device, ckpt: Path) -> int:
     """Print a line for each check, and "all well" or what was not; return 0 or 1."""
-    utils.load_checkpoint(ckpt)  # a wrong file is the user's, not the device's
+    checkpoints.load_checkpoint(ckpt)  # a wrong file is the user's, not the device's
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
     bad = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

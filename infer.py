@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_for
+from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from model import UNet, for_labelling
 from objects import Row, Tracks, follow, table
@@ -45,7 +46,6 @@ from utils import (
     choose_device,
     compile_network,
     delete_scraps,
-    load_checkpoint,
     log_header,
     mixed_precision,
     run_script,

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import loss
+from checkpoints import load_checkpoint
 from classes import FACTOR_SIZES, from_factors
-from utils import UserError, has_bfloat16, load_checkpoint
+from utils import UserError, has_bfloat16
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints import load_checkpoint, save_checkpoint
 from model import UNet
 from optim import MuonAdamW
-from utils import Processes, Stopped, UserError, load_checkpoint, save_checkpoint
+from utils import Processes, Stopped, UserError
 
 CHECKPOINT_EVERY = 5  # epochs
 SAVE_EVERY = 300  # seconds between saves within an epoch

@@ -3,8 +3,7 @@
 The bound of infer.py is the cores over the core time of a frame: of its decoding, network, objects
 and writing, each measured by itself with all cores busy.
 
-This is what benchmark.py measures with a clock: what takes turns, A B A B ..., must share one
-process and one warm machine. Memory is in benchmark.py itself, quality in quality.py.
+What takes turns, A B A B ..., must share one process and one warm machine.
 """
 
 import math

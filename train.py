@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from augment import augment
 from batches import load_data
+from checkpoints import load_checkpoint
 from classes import NUM_CLASSES
 from log import Log
 from metrics import confusion_matrix, summarise
@@ -45,7 +46,6 @@ from utils import (
     at_least,
     choose_device,
     compile_network,
-    load_checkpoint,
     log_header,
     mixed_precision,
     run_script,

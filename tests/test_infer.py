@@ -23,12 +23,13 @@ from PIL import Image
 import batches
 import infer
 from batches import fill_batches
+from checkpoints import save_checkpoint
 from classes import CLASS_NAMES
 from model import UNet
 from objects import follow
 from parts import gather
 from render import render_video
-from utils import Processes, mixed_precision, save_checkpoint
+from utils import Processes, mixed_precision
 
 SCRIPT = ROOT / "infer.py"
 
@@ -356,7 +357,6 @@ import pretend
 pretend.install()
 import infer
 from model import UNet
-from utils import load_checkpoint
 from videos import find_videos, read_video
 frames = read_video(find_videos(sys.argv[4])[0])
 labels, device = [], torch.device("pretend")

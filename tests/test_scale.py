@@ -12,10 +12,11 @@ from conftest import run as run_alone
 from PIL import Image
 
 import infer
+from checkpoints import load_checkpoint, save_checkpoint
 from model import UNet
 from render import render_video
 from scale import AS_THEY_ARE, Scale, fill, learned_size, resize
-from utils import UserError, load_checkpoint, save_checkpoint
+from utils import UserError
 
 WEIGHTS = ROOT / "weights/clevr_unet.pt"
 CPU = torch.device("cpu")

@@ -19,12 +19,13 @@ import log
 import train
 from augment import augment
 from batches import ShardedBatches
+from checkpoints import load_checkpoint, save_checkpoint
 from dataset import CLEVRDataset
 from model import UNet
 from optim import learning_rate_at, settle_statistics
 from render import render_video
 from runs import LAST, Run
-from utils import Processes, load_checkpoint, save_checkpoint
+from utils import Processes
 
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+import checkpoints
 import utils
-from utils import Stopped, UserError, atomic_write, load_checkpoint, run_script, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
+from utils import Stopped, UserError, atomic_write, run_script
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     found = load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
-    assert found == checkpoint | {"format": utils.CHECKPOINT_FORMAT}
+    assert found == checkpoint | {"format": checkpoints.CHECKPOINT_FORMAT}
     torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
     assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import REAL, ROOT, needs_real, run
 
+from checkpoints import load_checkpoint
 from render import render_dataset
-from utils import load_checkpoint
 
 WEIGHTS = ROOT / "weights" / "clevr_unet.pt"
 

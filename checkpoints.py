@@ -1,0 +1,65 @@
+"""Checkpoints: dicts of plain types and tensors, written whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import UserError, atomic_write
+
+CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads.
+
+    Its tensors lie on the CPU, so that it loads where there is no GPU.
+    """
+    checkpoint = _on_cpu({"format": CHECKPOINT_FORMAT, **checkpoint})
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return dicts, lists and tuples with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Returns:
+        The dict given to `save_checkpoint`; a bare state_dict comes back as
+        `{"model": state_dict, "model_config": {}}`, a UNet built with defaults.
+
+    Raises:
+        UserError: not a checkpoint, damaged, or of another version's format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a file that train.py wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for files that are not its own
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
+            "give a file that train.py wrote"
+        ) from None
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
+    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {"model": checkpoint, "model_config": {}}
+    has_model = isinstance(checkpoint.get("model"), dict)
+    if not has_model or not isinstance(checkpoint.get("model_config"), dict):
+        raise UserError(f"{path} holds no model: give a file that train.py wrote")
+    found = checkpoint.get("format", CHECKPOINT_FORMAT)
+    if found != CHECKPOINT_FORMAT:
+        age, cure = ("newer", "update it") if found > CHECKPOINT_FORMAT else ("older", "train anew")
+        raise UserError(f"{path} was written by an {age} version of this project: {cure}")
+    return checkpoint
