@@ -36,7 +36,7 @@ NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of the videos that others have; pixe
 RECORD = "render.json"  # beside the videos: what made them
 # Where no data is given: short videos, since a network learns more from other objects than from
 # the same ones a moment later.
-DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 400, 11, (4, 10)
+DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 280, 11, (4, 10)
 REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
