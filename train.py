@@ -52,7 +52,7 @@ from utils import (
     seed_everything,
 )
 
-SETTLE_STEPS = 10  # whose batches are shown once more: 320 crops tell statistics well enough
+SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
 NOTHING = Path("none")  # of --init
 SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
@@ -318,7 +318,7 @@ def main() -> None:
             figures = train_one_epoch(run, parallel, loader, rate_at, device, change, keeper.attend)
             figures["frames_per_s"] *= processes.count
             seed_step()
-            loader.batch_sampler.done = max(0, len(loader) - SETTLE_STEPS)
+            loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
             crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
             settle_statistics(run.average, crops, device, processes)
             processes.copy_first(run.average)
