@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, write_video
 
+import batches
 import benchmark
 import check
 from optim import MuonAdamW
@@ -28,6 +29,7 @@ def short(monkeypatch):
     """Let a check take seconds."""
     monkeypatch.setattr(check, "render_videos", write_short_videos)
     monkeypatch.setattr(check, "RATE_SECONDS", 0.0)
+    monkeypatch.setattr(batches, "EPOCH_STEPS", 1)
 
 
 @pytest.fixture
@@ -61,7 +63,8 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pretend
 pretend.install()
-import benchmark, check, test_check, utils
+import batches, benchmark, check, test_check, utils
+batches.EPOCH_STEPS = 1
 check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
 if __name__ == "__main__":
     utils.run_script(benchmark.main)

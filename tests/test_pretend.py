@@ -187,6 +187,8 @@ def test_what_was_forgotten_on_the_cpu_is_found(tmp_path, fault):
 
 
 SCRIPT = """
+import batches
+batches.EPOCH_STEPS = 1
 sys.argv[0] = "train.py"
 utils.run_script(train.main)
 """
