@@ -18,12 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from classes import NUM_CLASSES, palette
+from classes import NUM_CLASSES
 from metrics import (
     Segments,
     count_segments,
@@ -34,8 +33,9 @@ from metrics import (
     panoptic_quality,
     summarise,
 )
+from pictures import draw_strip
 from utils import UserError, atomic_write, run_script
-from videos import find_labelled, find_videos, frame_paths, read_frame, read_labels
+from videos import find_videos, frame_paths, read_labels
 
 NUM_WORST = 10  # videos listed at the end of the report
 
@@ -153,29 +153,6 @@ def report(result: dict[str, Any]) -> str:
         f"last frame mIoU  {_figure(result['last_frame_miou']).strip()}",
     ]
     return "\n".join(lines)
-
-
-def draw_labels(labels: Tensor) -> np.ndarray:
-    """Paint ids (H, W) as uint8 (H, W, 3): an object's own colour, another shade for each kind."""
-    return palette()[labels.numpy()]
-
-
-def draw_strip(pred: Path, data: Path, columns: int = 4) -> np.ndarray:
-    """Return a picture uint8 (3 * H, columns * W, 3): frames over true masks over predictions.
-
-    Shows the middle frame of labelled videos that lie evenly apart in the list.
-    """
-    videos = find_labelled(data)
-    columns = min(columns, len(videos))
-    strip = []
-    for i in range(columns):
-        video = videos[i * len(videos) // columns]
-        paths = frame_paths(video)
-        t = len(paths) // 2
-        frame = read_frame(paths[t]).permute(1, 2, 0).numpy()
-        masks = (read_labels(video), read_labels(pred / video.relative_to(data)))
-        strip.append(np.concatenate([frame, *(draw_labels(mask[t]) for mask in masks)]))
-    return np.concatenate(strip, axis=1)
 
 
 def _figure(value: float | None) -> str:

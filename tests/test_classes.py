@@ -45,11 +45,3 @@ def test_numbers_arrays_and_tensors_are_taken_apart_alike():
         [4],
     ]
     assert from_factors(1, 1, 4) == 29
-
-
-def test_each_class_has_a_paint_of_its_own():
-    palette = classes.palette()
-    assert (palette.shape, palette.dtype) == ((49, 3), np.uint8)
-    assert len(np.unique(palette, axis=0)) == 49
-    by_hand = np.array([70, 110, 255]) * (1 - 0.11 * 2)  # blue, the third of six kinds
-    assert palette[class_id("sphere", "metal", "blue")].tolist() == by_hand.astype(int).tolist()
