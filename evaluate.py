@@ -2,7 +2,6 @@
 
     python evaluate.py --pred masks --data path                    # the report
     python evaluate.py --pred masks --data path --json score.json  # and all of it as JSON
-    python evaluate.py --pred masks --data path --picture strip.png  # frames, truth, masks
 
 Every labelled video below --data is compared with the mask.npy at the same relative path below
 --pred. miou is over all videos together, from one integer confusion matrix; video_miou is the mean
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from classes import NUM_CLASSES
@@ -27,13 +25,11 @@ from metrics import (
     Segments,
     count_segments,
     frame_confusions,
-    ghosts,
-    lost,
     mean_iou,
     panoptic_quality,
     summarise,
+    video_figures,
 )
-from pictures import draw_strip
 from utils import UserError, atomic_write, run_script
 from videos import find_videos, frame_paths, read_labels
 
@@ -57,14 +53,7 @@ class Tally:
         self.last_frames += confusions[-1]
         self.segments += count_segments(confusions)
         self.frames += len(truth)
-        self.videos.append(
-            {
-                "video": name,
-                "miou": mean_iou(confusions.sum(0)),
-                "ghosts": ghosts(confusions),
-                "lost": lost(confusions),
-            }
-        )
+        self.videos.append({"video": name, **video_figures(confusions)})
 
     def figures(self) -> dict[str, Any]:
         """Return all figures, plain and fit for JSON."""
@@ -167,7 +156,6 @@ def main() -> None:
     parser.add_argument("--pred", type=Path, required=True, help="folder that infer.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
-    parser.add_argument("--picture", type=Path, help="also draw frames, truth and masks as a PNG")
     args = parser.parse_args()
 
     for path in (args.pred, args.data):
@@ -179,9 +167,6 @@ def main() -> None:
         text = json.dumps(result, indent=1, allow_nan=False)
         with atomic_write(args.json) as file:
             file.write(f"{text}\n".encode())
-    if args.picture:
-        with atomic_write(args.picture) as file:
-            Image.fromarray(draw_strip(args.pred, args.data)).save(file, "PNG")
     print(report(result))
 
 
