@@ -118,7 +118,9 @@ def reduced(frames: np.ndarray, labels: list[np.ndarray], width: int) -> list[np
         return [frames, *labels]
     size = (width, max(1, round(high * width / wide)))
     small = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.BOX)) for f in frames])
-    rows, columns = ((np.arange(n) + 0.5) * of / n for n, of in zip(size[::-1], (high, wide), strict=True))
+    rows, columns = (
+        (np.arange(n) + 0.5) * of / n for n, of in zip(size[::-1], (high, wide), strict=True)
+    )
     picked = [ids[:, rows.astype(int)][:, :, columns.astype(int)] for ids in labels]
     return [small, *picked]
 

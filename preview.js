@@ -5,12 +5,6 @@
 
 const FRAMES_PER_SECOND = 8;
 const NEAR = "600px"; // of the window: within it pictures are loaded, beyond it let go of
-const element = (id) => document.getElementById(id);
-const make = (tag, properties = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-};
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
 const figure = (value) => (value === null ? "–" : value.toFixed(3));
 
@@ -25,133 +19,6 @@ let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 let clock = 0; // frames since the page was opened, while it plays
 let position = 0; // frame in the dialog
 const inSight = new Set();
-
-// ---- files ----------------------------------------------------------------------------------
-
-// Called by each video.js.
-function arrived([name, record]) {
-    const video = byName.get(name);
-    if (!video) return;
-    video.record = record;
-    video.waiting.splice(0).forEach((go) => go());
-}
-
-function withRecord(video, go) {
-    if (video.record) return void go();
-    video.waiting.push(go);
-    if (video.waiting.length > 1) return;
-    const script = make("script", { src: `${video.folder}/video.js` });
-    script.onload = script.onerror = () => {
-        script.remove();
-        if (!video.record) fail(video, "video.js cannot be read: run preview.py again");
-    };
-    document.head.append(script);
-}
-
-function picture(video, file) {
-    if (!video.pictures[file]) {
-        const image = new Image();
-        image.onload = () => redraw(video);
-        image.onerror = () => fail(video, `${file} cannot be read: run preview.py again`);
-        image.src = `${video.folder}/${file}`;
-        video.pictures[file] = image;
-    }
-    const image = video.pictures[file];
-    return image.complete && image.naturalWidth ? image : null;
-}
-
-function fail(video, text) {
-    video.waiting.length = 0;
-    video.fault = text;
-    describe(video);
-}
-
-// ---- drawing --------------------------------------------------------------------------------
-
-const SHEETS = { masks: "masks.png", truth: "truth.png", differs: "differs.png" };
-
-// Draw one frame of a video with a layer over it; sizes are in the canvas's own pixels.
-function draw(canvas, video, frame, layer, only = null) {
-    const { size: [width, height], tile, columns, objects } = video.record;
-    const ratio = devicePixelRatio;
-    const wide = Math.max(1, Math.round(canvas.clientWidth * ratio));
-    const high = Math.max(1, Math.round((wide * height) / width));
-    if (canvas.width !== wide || canvas.height !== high) Object.assign(canvas, { width: wide, height: high });
-    const brush = canvas.getContext("2d");
-    const lay = (image, smooth) => {
-        if (!image) return false;
-        const x = (frame % columns) * tile[0];
-        const y = Math.floor(frame / columns) * tile[1];
-        brush.imageSmoothingEnabled = smooth;
-        brush.drawImage(image, x, y, width, height, 0, 0, wide, high);
-        return true;
-    };
-    if (!lay(picture(video, "frames.jpg"), true)) return;
-    if (layer) lay(picture(video, SHEETS[layer]), false);
-    const scale = wide / width;
-    const here = [];
-    for (const thing of objects) {
-        if (only !== null && thing.id !== only) continue;
-        const at = thing.trail.find(([t]) => t === frame);
-        if (element("trails").checked) drawTrail(brush, thing, frame, scale, ratio);
-        if (at) here.push([thing, at]);
-    }
-    const names = here.map(([thing]) => PREVIEW.classes[thing.id].name);
-    canvas.setAttribute("aria-label", `frame ${frame}: ${names.join(", ") || "no object"}`);
-    if (element("names").checked && layer) drawNames(brush, here, scale, ratio);
-}
-
-// A colour "#rrggbb" half way to white, to be read on dark.
-function light(colour) {
-    const halves = [1, 3, 5].map((i) => (255 + parseInt(colour.slice(i, i + 2), 16)) >> 1);
-    return `rgb(${halves.join(" ")})`;
-}
-
-// Where the centre of an object has been until now, if it has moved.
-function drawTrail(brush, thing, frame, scale, ratio) {
-    const [, x0, y0] = thing.trail[0];
-    if (!thing.trail.some(([, x, y]) => Math.hypot(x - x0, y - y0) > 3)) return;
-    brush.beginPath();
-    let last = null;
-    for (const [t, x, y] of thing.trail) {
-        if (t > frame) break;
-        if (last === t - 1) brush.lineTo(x * scale, y * scale);
-        else brush.moveTo(x * scale, y * scale);
-        last = t;
-    }
-    brush.lineJoin = brush.lineCap = "round";
-    brush.strokeStyle = "#0008";
-    brush.lineWidth = 3 * ratio;
-    brush.stroke();
-    brush.strokeStyle = PREVIEW.classes[thing.id].colour;
-    brush.lineWidth = 1.5 * ratio;
-    brush.stroke();
-}
-
-// Names above their objects, each moved up until it lies over no other.
-function drawNames(brush, here, scale, ratio) {
-    const high = 14 * ratio;
-    brush.font = `${11 * ratio}px system-ui, sans-serif`;
-    brush.textAlign = "center";
-    brush.textBaseline = "top";
-    const taken = [];
-    for (const [thing, [, x, , y]] of here.sort((a, b) => b[1][3] - a[1][3])) {
-        const name = PREVIEW.classes[thing.id].name;
-        const half = brush.measureText(name).width / 2 + 3 * ratio;
-        const middle = Math.min(Math.max(x * scale, half), brush.canvas.width - half);
-        let top = y * scale - high;
-        const over = (box) => Math.abs(box.middle - middle) < box.half + half && Math.abs(box.top - top) < high;
-        for (let box = taken.find(over); box && top > 0; box = taken.find(over)) top = box.top - high;
-        top = Math.max(top, 0);
-        taken.push({ middle, half, top });
-        brush.lineWidth = 3 * ratio;
-        brush.strokeStyle = "#000c";
-        brush.lineJoin = "round";
-        brush.strokeText(name, middle, top);
-        brush.fillStyle = light(PREVIEW.classes[thing.id].colour);
-        brush.fillText(name, middle, top);
-    }
-}
 
 // ---- the grid -------------------------------------------------------------------------------
 
@@ -202,15 +69,20 @@ const sight = new IntersectionObserver((changes) => {
             if (!video.fault) withRecord(video, () => redraw(video));
         } else {
             inSight.delete(video);
-            if (video === large) continue;
-            video.pictures = {};
-            video.record = null;
-            video.canvas.width = video.canvas.height = 0;
+            release(video);
         }
     }
 }, { rootMargin: NEAR });
 
+function release(video) {
+    if (inSight.has(video) || video === large) return;
+    video.pictures = {};
+    video.record = null;
+    video.canvas.width = video.canvas.height = 0;
+}
+
 function redraw(video) {
+    release(video); // perhaps it came when nobody looked at it any more
     if (!video.record) return;
     const frame = Math.floor(clock) % video.record.frames;
     if (inSight.has(video) && !large) draw(video.canvas, video, frame, layerOf(video));
@@ -254,7 +126,9 @@ const PANELS = { masks: "masks", truth: "true masks", differs: "where they diffe
 function open(video) {
     if (video.fault) return;
     const change = () => {
+        const last = large;
         large = video;
+        if (last) release(last);
         chosen = null;
         position = Math.floor(clock) % video.record.frames;
         element("title").textContent = video.name;
@@ -265,7 +139,6 @@ function open(video) {
         history.replaceState(null, "", `#${encodeURIComponent(video.name)}`);
         drawLarge();
     };
-    if (large && large !== video && !inSight.has(large)) large.pictures = {};
     withRecord(video, change);
 }
 
@@ -388,12 +261,12 @@ element("large").addEventListener("keydown", (event) => {
     KEYS[event.key]();
 });
 element("large").addEventListener("close", () => {
-    const { card } = large;
-    if (!inSight.has(large)) large.pictures = {};
+    const last = large;
     large = null;
     history.replaceState(null, "", location.pathname);
-    card.scrollIntoView({ block: "nearest" });
-    card.focus({ preventScroll: true });
+    last.card.scrollIntoView({ block: "nearest" });
+    last.card.focus({ preventScroll: true });
+    release(last);
     redrawAll();
 });
 for (const [id, act] of Object.entries({
@@ -407,7 +280,11 @@ for (const [id, act] of Object.entries({
 }))
     element(id).onclick = act;
 element("position").oninput = (event) => go(Number(event.target.value));
-for (const id of ["find", "object", "sort"]) element(id).oninput = list;
+for (const id of ["find", "object", "sort"])
+    element(id).oninput = () => {
+        list();
+        scrollTo(0, 0);
+    };
 for (const id of ["layer", "names", "trails"]) element(id).onchange = redrawAll;
 addEventListener("resize", redrawAll);
 

@@ -9,7 +9,7 @@ plays, with the objects tinted and outlined, their names and trails; with their 
 wrote --objects, and figures and the true masks where the video is labelled. What a former run has
 made and what is still true is kept, so a run that was killed goes on where it stopped.
 
-    preview/index.html, preview.js        the page
+    preview/index.html, *.js              the page
     preview/videos.js                     what the page knows of every video at once
     preview/train/video_0/video.js        its objects, frame by frame; written last
     preview/train/video_0/frames.jpg      all frames, in rows; masks.png, truth.png, differs.png
@@ -46,7 +46,7 @@ from pictures import (
 from utils import UserError, at_least, atomic_write, delete_scraps, run_script
 from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
 
-PAGE = {"preview.html": "index.html", "preview.js": "preview.js"}  # of this folder, in --out
+PAGE = {"preview.html": "index.html", "preview.js": "preview.js", "draw.js": "draw.js"}
 FORMAT = 1  # of the files for a video: those of another are made again
 PICTURES = ("frames.jpg", "masks.png", "truth.png", "differs.png")  # the last two if labelled
 QUALITY = 88  # of the JPEG: about 3 KB for a frame of 240 x 160
