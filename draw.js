@@ -110,7 +110,7 @@ function drawTrail(brush, thing, frame, scale, ratio) {
     brush.stroke();
 }
 
-// Names above their objects, each moved up until it lies over no other.
+// Names above their objects, each moved up, or else down, until it lies over no other.
 function drawNames(brush, here, scale, ratio) {
     const high = 14 * ratio;
     brush.font = `${11 * ratio}px system-ui, sans-serif`;
@@ -124,7 +124,8 @@ function drawNames(brush, here, scale, ratio) {
         let top = y * scale - high;
         const over = (box) => Math.abs(box.middle - middle) < box.half + half && Math.abs(box.top - top) < high;
         for (let box = taken.find(over); box && top > 0; box = taken.find(over)) top = box.top - high;
-        top = Math.max(top, 0);
+        if (top < 0) top = 0;
+        for (let box = taken.find(over); box; box = taken.find(over)) top = box.top + high;
         taken.push({ middle, half, top });
         brush.lineWidth = 3 * ratio;
         brush.strokeStyle = "#000c";

@@ -39,6 +39,11 @@ def palette() -> np.ndarray:
     return np.concatenate([[BACKGROUND_PAINT], paint]).astype(np.uint8)
 
 
+def object_paint() -> np.ndarray:
+    """Return the colour in which each class is drawn over frames, uint8 (49, 3), its own colour."""
+    return np.array([BACKGROUND_PAINT, *PAINT * (NUM_KINDS // len(PAINT))], np.uint8)
+
+
 def draw_labels(labels: Tensor) -> np.ndarray:
     """Paint ids (H, W) as uint8 (H, W, 3): an object's own colour, another shade for each kind."""
     return palette()[labels.numpy()]
@@ -57,7 +62,7 @@ def outlined(labels: np.ndarray) -> np.ndarray:
 def draw_over(frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Tint and outline objects in frames (T, H, W, 3) by their labels (T, H, W)."""
     marks = outlined(labels)
-    paint = np.concatenate([palette(), palette()[1:]])
+    paint = np.concatenate([object_paint(), object_paint()[1:]])
     opacity = np.array([0] + [TINT] * NUM_KINDS + [1] * NUM_KINDS, np.float32)[marks][..., None]
     return np.round(frames * (1 - opacity) + paint[marks] * opacity).astype(np.uint8)
 
@@ -93,7 +98,7 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 def mask_sheet(labels: np.ndarray) -> Image.Image:
     """Return labels (T, H, W) as a sheet to lay over one of frames: tints and outlines."""
-    paint = np.concatenate([palette(), palette()[1:]])
+    paint = np.concatenate([object_paint(), object_paint()[1:]])
     opacity = [0] + [round(255 * TINT)] * NUM_KINDS + [255] * NUM_KINDS
     return _transparent(sheet(outlined(labels)), paint, opacity)
 

@@ -38,7 +38,7 @@ from pictures import (
     difference_sheet,
     draw_strip,
     mask_sheet,
-    palette,
+    object_paint,
     reduced,
     sheet,
     tile_size,
@@ -234,7 +234,7 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
     results = list(in_threads(job, chosen, "drawing"))
     classes = [
         {"name": name, "colour": "#" + bytes(paint).hex()}
-        for name, paint in zip(CLASS_NAMES, palette().tolist(), strict=True)
+        for name, paint in zip(CLASS_NAMES, object_paint().tolist(), strict=True)
     ]
     faults = {name: "#" + bytes(paint).hex() for name, paint in FAULTS.items()}
     page = {"classes": classes, "faults": faults, "videos": [video for video, _ in results]}

@@ -11,7 +11,7 @@ from classes import class_id
 from utils import UserError
 
 SQUARE = np.zeros((1, 5, 5), np.uint8)
-SQUARE[0, 1:4, 1:4] = 7
+SQUARE[0, 1:4, 1:4] = 15  # purple rubber cube
 
 
 def test_each_class_has_a_paint_of_its_own():
@@ -26,8 +26,8 @@ def test_outline_is_the_outermost_pixels_of_each_object():
     beside = SQUARE.copy()
     beside[0, 1:4, 4] = 9  # another object, which the frame cuts off
     marks = pictures.outlined(beside)
-    assert marks[0, 2].tolist() == [0, 55, 7, 55, 57]
-    assert marks[0, 1].tolist() == [0, 55, 55, 55, 57]
+    assert marks[0, 2].tolist() == [0, 63, 15, 63, 57]
+    assert marks[0, 1].tolist() == [0, 63, 63, 63, 57]
     whole = np.full((1, 4, 4), 3, np.uint8)
     assert (pictures.outlined(whole) == 3).all()  # the frame's edge is no outline
 
@@ -35,7 +35,7 @@ def test_outline_is_the_outermost_pixels_of_each_object():
 def test_masks_over_frames_are_tinted_within_and_opaque_at_the_outline():
     frames = np.full((1, 5, 5, 3), 100, np.uint8)
     drawn = pictures.draw_over(frames, SQUARE)
-    paint = pictures.palette()[7].astype(float)
+    paint = np.array([190, 80, 240])  # purple
     assert drawn[0, 0, 0].tolist() == [100, 100, 100]
     assert drawn[0, 1, 1].tolist() == paint.tolist()
     np.testing.assert_allclose(drawn[0, 2, 2], 70 + 0.3 * paint, atol=0.51)
