@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 import torch
 
+VERSION = "0.9.0"  # also in CITATION.cff and CHANGELOG.md
 PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
 
 
@@ -34,7 +35,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: all is saved
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its status.
+    """Run a script's `main` and exit with its status, of which the README lists all.
 
     `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
     130, a reader that has gone (`| head`) with 141, `Stopped` with its own; of several processes
@@ -81,6 +82,20 @@ def _leave_group() -> None:
     """Take leave of the other processes; one that fails must not wait for them to do the same."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that knows --version and whose --help begins with a script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"clevr-unet {VERSION}",
+        help="print the version of the project and exit",
+    )
+    return parser
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -286,8 +301,8 @@ def log_header(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (
         f"command: python {' '.join(sys.argv)}\n"
-        f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, commit {_commit() or 'none'}\n"
+        f"clevr-unet {VERSION}, commit {_commit() or 'none'}, "
+        f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
         f"device: {device} ({name}), {torch.get_num_threads()} threads"
     )
 
