@@ -18,7 +18,6 @@ state saved.
 import argparse
 import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,21 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import augment
 from batches import load_data
-from checkpoints import load_checkpoint
 from classes import NUM_CLASSES
 from log import Log
 from metrics import confusion_matrix, summarise
 from model import UNet, for_labelling
 from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
-from runs import LAST, Keeper, Run
+from runs import NOTHING, SHIPPED, Keeper, Run, build_model, load_init
 from utils import (
     Processes,
-    UserError,
     at_least,
     choose_device,
     compile_network,
@@ -54,9 +52,8 @@ from utils import (
 
 SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
-NOTHING = Path("none")  # of --init
-SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
 PULL = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to the weights given
+RATES = 4e-3, 1e-3  # highest, of steps of 16 frames: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 
 
@@ -107,27 +104,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != NOTHING else 8
-    args.init = choose_init(args.init, args.data, args.widths)
-    if args.learning_rate is None:
-        args.learning_rate = scaled_rate(1e-3 if args.init else 4e-3, args.batch_size)
-    if not 0 < args.learning_rate < math.inf:
+    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and len(args.widths) < 2:
         parser.error("--widths needs two numbers or more, one for each stage")
     return args
-
-
-def choose_init(init: Path | None, data: Path, widths: list[int] | None) -> Path | None:
-    """Return whose weights training starts from, None for nothing, given what --init says."""
-    if init == NOTHING or (init is None and (data == DEMO_DATA or widths)):
-        return None
-    if init is None:
-        try:
-            UNet.load(SHIPPED)
-        except UserError as error:
-            print(f"the shipped weights are left out: {error}", file=sys.stderr)
-            return None
-    return init or SHIPPED
 
 
 def train_one_epoch(
@@ -221,50 +202,35 @@ def validate(
     return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
 
 
-def build_model(init: Path | None, widths: list[int] | None, device: torch.device) -> UNet:
-    """Return the network that the command line asks for, with the weights of --init if given."""
-    model = UNet(**({"widths": widths} if widths else {}))
-    if init:
-        trained = UNet.from_checkpoint(load_checkpoint(init), init)
-        if widths and trained.config != model.config:
-            raise UserError(f"{init} is another network: leave out --widths")
-        model = trained
-    if device.type != "cpu":  # there the convolutions choose their own format
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
-
-
-def start_run(args: argparse.Namespace, steps: int, frames: int, processes: Processes) -> Run:
+def start_run(
+    args: argparse.Namespace, init: tuple[UNet, Path] | None, loader: DataLoader, rate: float
+) -> Run:
     """Return the run, new or resumed, the same one on all processes.
 
     Args:
         args: The command line.
-        steps: Of an epoch.
-        frames: To learn from.
-        processes: All that train.
+        init: As of `load_init`.
+        loader: The batches of an epoch.
+        rate: The highest learning rate.
 
     Raises:
-        UserError: they do not all find the same checkpoint.
+        UserError: the processes do not all find the same checkpoint.
     """
-    model = build_model(args.init, args.widths, processes.device)
-    run = Run.start(model, PULL / frames if args.init else 0.0)
-    run.loss.processes = processes
-    run.facts = {"data": str(args.data.resolve()), "seed": args.seed}
-    if args.resume and (args.out / LAST).exists():
-        run.resume(args.out / LAST, args.batch_size)
-    run.done = min(run.done, steps)
-    run.step = run.epoch * steps + run.done
-    found = processes.gather(run.step)
-    if len(set(found)) > 1:
-        raise UserError(
-            f"processes go on after other steps ({', '.join(map(str, found))}): "
-            "give an --out that all machines share"
-        )
+    processes, data = loader.batch_sampler.processes, loader.dataset
+    trained, file = init or (None, None)
+    model = build_model(trained, args.widths, processes.device)
+    run = Run.start(model, PULL / len(data) if trained else 0.0)
+    run.facts = {
+        "data": str(args.data.resolve()),
+        "seed": args.seed,
+        "frame_size": list(data[0][0].shape[1:]),  # scale.py asks for it
+    }
+    run.begin(args.out if args.resume else None, args.batch_size, len(loader), processes)
     if processes.first:
         print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
         if not run.step:
-            whose = f"the weights of {args.init}" if args.init else "nothing"
-            print(f"starting from {whose}, with a learning rate of up to {args.learning_rate:g}")
+            whose = f"the weights of {file}" if file else "nothing"
+            print(f"starting from {whose}, with a learning rate of up to {rate:g}")
         if run.step:
             within = f" and step {run.done}" if run.done else ""
             print(f"going on after epoch {run.epoch}{within}")
@@ -285,11 +251,12 @@ def main() -> None:
             render_demo()
     processes.wait()
 
+    init = load_init(args.init, args.data, args.widths, processes.first)
+    rate = args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size)
     loader, val_loader = load_data(
         args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
     )
-    run = start_run(args, len(loader), len(loader.dataset), processes)
-    run.facts["frame_size"] = list(loader.dataset[0][0].shape[1:])  # scale.py asks for it
+    run = start_run(args, init, loader, rate)
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
@@ -301,7 +268,7 @@ def main() -> None:
     total_steps = args.num_epochs * len(loader)
 
     def rate_at(step: int) -> float:
-        return learning_rate_at(step / total_steps, args.learning_rate)
+        return learning_rate_at(step / total_steps, rate)
 
     def seed_step() -> None:
         # Every step has a seed of its own, so that a run which was stopped goes on like another.

@@ -16,6 +16,7 @@ from conftest import ROOT, run, torchrun, write_video
 from torch.utils.data import DataLoader
 
 import log
+import runs
 import train
 from augment import augment
 from batches import ShardedBatches
@@ -260,16 +261,24 @@ def test_init_starts_from_the_given_weights(finished, videos, tmp_path):
     ],
 )
 def test_what_training_starts_from(arguments, starts_from, rate, epochs, monkeypatch):
+    read = []
+    monkeypatch.setattr(train.UNet, "load", lambda file: read.append(file) or UNet([8, 16]))
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     args = train.parse_args()
-    assert (args.init, args.learning_rate, args.num_epochs) == (starts_from, rate, epochs)
+    init = train.load_init(args.init, args.data, args.widths, first=True)
+    assert (init and init[1], args.num_epochs) == (starts_from, epochs)
+    assert read == [starts_from] * bool(init), "it is read once"
+    assert (args.learning_rate or train.RATES[bool(init)]) == rate
 
 
-def test_scripts_without_their_weights_start_from_nothing_and_say_so(monkeypatch, capsys):
-    monkeypatch.setattr(train, "SHIPPED", Path("gone.pt"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "d"])
-    assert train.parse_args().init is None
-    assert "shipped weights are left out: no checkpoint at gone.pt" in capsys.readouterr().err
+@pytest.mark.parametrize("first", [True, False])
+def test_scripts_without_their_weights_start_from_nothing_and_say_so_once(
+    first, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "SHIPPED", Path("gone.pt"))
+    assert train.load_init(None, Path("d"), None, first) is None
+    said = "the shipped weights are left out: no checkpoint at gone.pt"
+    assert (said in capsys.readouterr().err) == first
 
 
 def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp_path):
