@@ -30,6 +30,17 @@ def draw_labels(labels: Tensor) -> np.ndarray:
     return palette()[labels.numpy()]
 
 
+def draw_columns(frames: Tensor, *masks: Tensor) -> np.ndarray:
+    """Return a picture uint8 ((1 + M) * H, N * W, 3): frames side by side, M masks of each below.
+
+    Args:
+        frames: (N, 3, H, W) uint8.
+        masks: Ids, (N, H, W) each.
+    """
+    rows = [frames.permute(0, 2, 3, 1).numpy(), *map(draw_labels, masks)]
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+
+
 def draw_strip(pred: Path, data: Path, columns: int = 4) -> np.ndarray:
     """Return a picture uint8 (3 * H, columns * W, 3): frames over true masks over predictions.
 

@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
 CHECKPOINT_EVERY = 5  # epochs
 SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
-LAST = "Unet_checkpoint_last.pt"
+LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may wish for: to save, or the number of a signal, all of which are above
 
@@ -180,7 +180,7 @@ class Run:
         if self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch:
             save_checkpoint(out / f"Unet_checkpoint_epoch_{self.epoch}.pt", self._checkpoint())
         if improved:
-            save_checkpoint(out / "Unet_checkpoint_best.pt", self._checkpoint())
+            save_checkpoint(out / BEST, self._checkpoint())
         self.save_last(out, batch_size)
 
     def save_last(self, out: Path, batch_size: int) -> None:
@@ -201,6 +201,24 @@ class Run:
             "epoch": self.epoch,
             **self.facts,
         }
+
+
+def last_words(out: Path, data: Path) -> str:
+    """Say what a finished run came to, where its files are, and what to type next."""
+    file, best = out / BEST, {}
+    try:
+        best = load_checkpoint(file)
+    except UserError:  # deleted or damaged since
+        file = out / LAST
+    figure = f"{best['weighted_iou']:.3f}" if "weighted_iou" in best else "not known"
+    script = str(Path(sys.argv[0]).with_name("infer.py"))
+    command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
+    return (
+        f"best weighted IoU: {figure}, after epoch {best.get('epoch', '?')}, in {file}\n"
+        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
+        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
+        f"label these or other videos with: {shlex.join(command)}"
+    )
 
 
 class Keeper:

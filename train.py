@@ -16,13 +16,11 @@ state saved.
 """
 
 import argparse
-import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +30,11 @@ from tqdm import tqdm
 
 from augment import augment
 from batches import load_data
-from classes import NUM_CLASSES
-from log import Log
-from metrics import confusion_matrix, summarise
-from model import UNet, for_labelling
+from log import Log, Pace, epoch_line
+from model import UNet
 from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
-from runs import NOTHING, SHIPPED, Keeper, Run, build_model, load_init
+from runs import NOTHING, SHIPPED, Keeper, Run, build_model, last_words, load_init
 from utils import (
     Processes,
     at_least,
@@ -49,6 +45,7 @@ from utils import (
     run_script,
     seed_everything,
 )
+from validation import draw_some, validate
 
 SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -119,6 +116,7 @@ def train_one_epoch(
     device: torch.device,
     change: Callable = augment,
     attend: Callable[[], None] = lambda: None,
+    left: Callable[[], str] = lambda: "",
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -130,6 +128,7 @@ def train_one_epoch(
         device: Where the network is.
         change: What is done to a batch first.
         attend: Called after every step.
+        left: Returns how long the rest of the run takes, for the progress bar.
 
     Returns:
         train_loss (mean, also of steps before a stop), lr (the last), frames_per_s (of this
@@ -141,9 +140,7 @@ def train_one_epoch(
     bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
     for images, masks in bar:
         waited += time.perf_counter() - asked
-        crops, targets = change(
-            images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-        )
+        crops, targets = change(*(x.to(device, non_blocking=True) for x in (images, masks)))
         with mixed_precision(device):
             loss = parallel(crops, targets)
         loss.backward()
@@ -157,7 +154,8 @@ def train_one_epoch(
         if run.step % LOOK_EVERY == 0:
             latest, seconds = run.loss.look(), time.perf_counter() - start
             rates = f"{frames / seconds:.1f} frames/s, {waited / seconds:.0%} waiting for data"
-            bar.set_postfix_str(f"loss {latest:.3f}, {rates}", refresh=False)
+            parts = (f"loss {latest:.3f}", rates, left())
+            bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
         attend()
         asked = time.perf_counter()
     train_loss = run.loss.mean()  # waits for the device: the seconds are its own
@@ -170,36 +168,13 @@ def train_one_epoch(
     }
 
 
-@torch.inference_mode()
-def validate(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    processes: Processes,
-    attend: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once.
-
-    They are those of the network as infer.py uses it; `model` stays as it is. `attend` is called
-    after every batch.
-    """
-    model = for_labelling(copy.deepcopy(model), device)
-    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    losses = [torch.zeros(0, device=device)]
-    for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
-        images, masks = (x.to(device, non_blocking=True) for x in (images, masks))
-        with mixed_precision(device):
-            stages = model.stages(images)
-        # A loss for each frame by itself, so that the mean does not depend on the batches.
-        losses.append(model.frame_losses(stages, masks))
-        confusion += confusion_matrix(masks, model.labels(stages))
-        attend()
-    losses = torch.cat(losses).cpu().double()
-    total = torch.stack((losses.sum(), torch.tensor(len(losses)).double()))
-    confusion = confusion.cpu()
-    processes.add_up(confusion)
-    processes.add_up(total)
-    return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
+def settle(run: Run, loader: DataLoader, processes: Processes) -> None:
+    """Show the averaged network the last batches of an epoch once more, for its statistics."""
+    device = processes.device
+    loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
+    crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
+    settle_statistics(run.average, crops, device, processes)
+    processes.copy_first(run.average)
 
 
 def start_run(
@@ -260,12 +235,26 @@ def main() -> None:
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
-    parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
+    train(args, run, loader, val_loader, rate, processes)
+    if processes.first:
+        print(last_words(args.out, args.data))
+
+
+def train(
+    args: argparse.Namespace,
+    run: Run,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    rate: float,
+    processes: Processes,
+) -> None:
+    """Train, validate and save epoch by epoch, up to the learning rate `rate`."""
+    device, total_steps, pace = processes.device, args.num_epochs * len(loader), Pace()
+    parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
         log = Log(args.out, run.epoch)
-    total_steps = args.num_epochs * len(loader)
 
     def rate_at(step: int) -> float:
         return learning_rate_at(step / total_steps, rate)
@@ -279,24 +268,35 @@ def main() -> None:
         seed_step()
         return augment(images, masks)
 
+    def left() -> str:
+        return pace.left(total_steps - run.step, args.num_epochs - run.epoch)
+
     with Keeper(run, args.out, args.batch_size, processes) as keeper:
+
+        def attend() -> None:
+            pace.stepped()
+            keeper.attend()
+
         while run.epoch < args.num_epochs:
             loader.batch_sampler.epoch, loader.batch_sampler.done = run.epoch + 1, run.done
-            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, keeper.attend)
+            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, attend, left)
             figures["frames_per_s"] *= processes.count
             seed_step()
-            loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
-            crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
-            settle_statistics(run.average, crops, device, processes)
-            processes.copy_first(run.average)
+            settle(run, loader, processes)
             figures |= validate(
                 run.average, val_loader, device, processes, keeper.attend_validation
             )
             run.epoch, run.done = run.epoch + 1, 0
             run.loss.begin()
             if processes.first:
-                log.add(figures | {"epoch": run.epoch})
+                figures["epoch"] = run.epoch
+                log.add(figures)
                 run.save(args.out, figures, args.num_epochs, args.batch_size)
+                if log.wants_picture() or run.epoch == args.num_epochs:
+                    draw_some(log, run.epoch, run.average, val_loader.dataset, device)
+            pace.ended()
+            if processes.first:
+                print(epoch_line(figures, left()), flush=True)
             if run.epoch < args.num_epochs:
                 keeper.attend_epoch()
 
