@@ -214,7 +214,7 @@ def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str
     """
     processes = utils.Processes(utils.choose_device(name))
     device = processes.device
-    targets = infer.share_out(infer.plan(data, out), processes)
+    targets = dict(processes.share_out(list(infer.plan(data, out).items())))
     model = infer.make_ready(UNet.load(ckpt), device, INFER_BATCH, compiled=False)
     infer.label_videos(model, targets, device, INFER_BATCH, workers=0)
     dataset = CLEVRDataset(data, cache=False)

@@ -41,6 +41,7 @@ from utils import (
     choose_device,
     compile_network,
     log_header,
+    make_parser,
     mixed_precision,
     run_script,
     seed_everything,
@@ -56,18 +57,19 @@ MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an a
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
-    add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add("--num-epochs", type=at_least(1), help="default: 8, or 30 with a file given as --init")
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
+    add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
+    add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
+    add = parser.add_argument_group("learning").add_argument
+    add("--num-epochs", type=at_least(1), help="in all (default: 8, or 30 with a file as --init)")
     add(
         "--batch-size",
         type=at_least(1),
         default=16,
-        help="frames a step, of all processes together (default %(default)s)",
+        help="frames a step, of all processes together (default: %(default)s)",
     )
     add(
         "--learning-rate",
@@ -81,15 +83,20 @@ def parse_args() -> argparse.Namespace:
         help="checkpoint whose weights to start from; none: from nothing, as without --data and "
         f"with --widths (default: {SHIPPED.parent.name}/{SHIPPED.name})",
     )
-    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
-    add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
+    add(
+        "--widths",
+        type=at_least(1),
+        nargs="+",
+        help="channels of each stage of the UNet, two or more numbers (default: 32 48 96 160)",
+    )
+    add("--seed", type=int, default=0, help="of weights, split and batches (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
     add(
         "--workers",
         type=at_least(0),
         help="processes that read, of each training process (default: on a CPU 0, else up to 4)",
     )
-    add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add(
         "--deterministic",
@@ -97,7 +104,6 @@ def parse_args() -> argparse.Namespace:
         help="the same bits from the same seed and after --resume on a GPU too, for some speed; "
         "on a CPU that is always so",
     )
-    add("--widths", type=at_least(1), nargs="+", help="channels of each stage of the UNet")
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != NOTHING else 8

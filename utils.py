@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -250,6 +250,20 @@ class Processes:
         numbers[self.rank] = number
         self.add_up(numbers)
         return numbers.tolist()
+
+    def share_out(self, items: list[Any]) -> list[Any]:
+        """Return this process's share of the first process's items; they are pickled."""
+        shared = [items]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0][self.rank :: self.count]
+
+    def collect(self, items: list[Any]) -> list[Any]:
+        """Return the items of all processes, by rank, to every process; they are pickled."""
+        found = [items] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, items)
+        return [item for part in found for item in part]
 
     def copy_first(self, module: torch.nn.Module) -> None:
         """Give the first process's weights and buffers to all."""
