@@ -203,31 +203,40 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = utils.make_parser(__doc__)
+    add = parser.add_argument_group("what is measured").add_argument
+    add(
+        "--only",
+        nargs="*",
+        default=["networks", "scripts"],
+        choices=("networks", "scripts", "memory"),
+        help="parts (default: networks scripts)",
     )
-    add = parser.add_argument
-    add("--data", type=Path, default=DEMO_DATA, help="videos (default: train.py's, rendered)")
+    add(
+        "--networks",
+        nargs="+",
+        default=list(NETWORKS),
+        choices=NETWORKS,
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)} (default: all)",
+    )
+    add(
+        "--minutes", type=float, default=0.0, help="of training, to measure quality (default: none)"
+    )
+    add("--check", action="store_true", help="say whether all works on this device, and no more")
+    add = parser.add_argument_group("how").add_argument
+    add("--repeats", type=int, default=5, help="turns of each (default: %(default)s)")
+    add("--batch-size", type=int, help="frames a call of a network (default: CPU 4, GPU 64)")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
     add(
         "--ckpt",
         type=Path,
         help="weights for scripts and memory (default: untrained), or for --check (default: "
         "those that come with the project)",
     )
-    add("--json", type=Path, help="also write every figure to this file")
-    add(
-        "--only",
-        nargs="*",
-        default=["networks", "scripts"],
-        choices=("networks", "scripts", "memory"),
-        help="(default %(default)s)",
-    )
-    add("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="(default: all)")
-    add("--minutes", type=float, default=0.0, help="of training for quality (default: none)")
-    add("--repeats", type=int, default=5, help="turns of each (default %(default)s)")
-    add("--batch-size", type=int, help="frames a call of a network (default: CPU 4, GPU 64)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--check", action="store_true", help="say whether all works on this device, and no more")
+    add("--json", type=Path, help="also write every figure to this file (default: none)")
     args = parser.parse_args()
     if not args.only and not args.minutes:
         parser.error("nothing to measure: give --only a part, or --minutes")

@@ -131,7 +131,7 @@ def training_step(case: Case, device: torch.device, full: bool) -> tuple[float, 
     masks = torch.cat(case.masks)[::VIDEOS][:STEP_FRAMES]
     torch.manual_seed(SEED)
     crops = [part.to(device) for part in augment(images, masks)]  # chance is the CPU's
-    model = train.build_model(case.ckpt, None, device)
+    model = train.build_model(UNet.load(case.ckpt), None, device)
     before = [weight.detach().to(CPU, copy=True) for weight in model.parameters()]
     run = Run.start(model)
     if full:
@@ -214,7 +214,7 @@ def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str
     """
     processes = utils.Processes(utils.choose_device(name))
     device = processes.device
-    targets = infer.share_out(infer.plan(data, out), processes)
+    targets = dict(processes.share_out(list(infer.plan(data, out).items())))
     model = infer.make_ready(UNet.load(ckpt), device, INFER_BATCH, compiled=False)
     infer.label_videos(model, targets, device, INFER_BATCH, workers=0)
     dataset = CLEVRDataset(data, cache=False)
@@ -276,7 +276,7 @@ def rates(case: Case) -> Finding:
     def follow() -> None:
         infer.label(model, [frames[:INFER_BATCH]], device, INFER_BATCH, True)
 
-    learner = train.build_model(case.ckpt, None, device)
+    learner = train.build_model(UNet.load(case.ckpt), None, device)
     run, images = Run.start(learner), (frames[:STEP_FRAMES], masks[:STEP_FRAMES])
     lesson = [part.to(device) for part in images]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from utils import UserError, atomic_write
+from utils import VERSION, UserError, atomic_write
 
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 
@@ -13,9 +13,10 @@ CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads.
 
-    Its tensors lie on the CPU, so that it loads where there is no GPU.
+    Its tensors lie on the CPU, so that it loads where there is no GPU. Its `version` is that of
+    the project that wrote it, for people to read.
     """
-    checkpoint = _on_cpu({"format": CHECKPOINT_FORMAT, **checkpoint})
+    checkpoint = _on_cpu({**checkpoint, "format": CHECKPOINT_FORMAT, "version": VERSION})
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
@@ -33,7 +34,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Returns:
-        The dict given to `save_checkpoint`; a bare state_dict comes back as
+        The dict given to `save_checkpoint`, with its `format` and `version` (0.9.0 is the first
+        that is written there); a bare state_dict comes back as
         `{"model": state_dict, "model_config": {}}`, a UNet built with defaults.
 
     Raises:

@@ -2,11 +2,10 @@
 
     python dataset.py data/demo              # what is in this folder, and what is wrong with it
 
-Prints videos, frames, sizes and the classes present. Exits 0 if all is well, 1 if a video has a
-fault (each is named), 2 if there is no video to look at.
+Prints videos, frames, sizes and the classes present, and names each video that has a fault: the
+exit status is 1 then.
 """
 
-import argparse
 import hashlib
 import logging
 import math
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
-from utils import UserError, run_script
+from utils import UserError, make_parser, run_script
 from videos import (
     find_labelled,
     find_videos,
@@ -254,9 +253,7 @@ def _save_whole(file: Path, block: np.ndarray) -> None:
 
 def main() -> int:
     """Read the command line, print the report, return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("path", help="folder with videos, at any depth")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     return 1 if print_report(parser.parse_args().path) else 0

@@ -10,7 +10,6 @@ frame. A ghost is a class that is predicted in a video and not there; a class is
 and of which more than half is found in no frame.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -30,7 +29,7 @@ from metrics import (
     summarise,
     video_figures,
 )
-from utils import UserError, atomic_write, run_script
+from utils import UserError, atomic_write, make_parser, run_script
 from videos import find_videos, frame_paths, read_labels
 
 NUM_WORST = 10  # videos listed at the end of the report
@@ -150,12 +149,12 @@ def _figure(value: float | None) -> str:
 
 def main() -> None:
     """Score the predictions, print the report and write the JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pred", type=Path, required=True, help="folder that infer.py wrote")
-    parser.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
-    parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--pred", type=Path, required=True, help="folder that infer.py wrote")
+    add("--data", type=Path, required=True, help="folder of labelled videos")
+    add = parser.add_argument_group("files beside the report (default: none)").add_argument
+    add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
     args = parser.parse_args()
 
     for path in (args.pred, args.data):

@@ -19,9 +19,10 @@ import contextlib
 import csv
 import io
 import math
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ from utils import (
     compile_network,
     delete_scraps,
     log_header,
+    make_parser,
     mixed_precision,
     run_script,
 )
-from videos import find_videos, frame_paths, read_frame, read_mask
+from videos import find_videos, frame_paths, holds_labels_of, read_frame
 
 MAX_WORKERS = 16  # processes that decode for a GPU
 
@@ -90,20 +92,13 @@ def unfinished(targets: dict[Path, Path], with_table: bool) -> dict[Path, Path]:
     rest = {
         video: target
         for video, target in targets.items()
-        if not _is_done(video, target) or (with_table and not target.with_name(TABLE).is_file())
+        if not holds_labels_of(target.parent, video)
+        or (with_table and not target.with_name(TABLE).is_file())
     }
     for target in rest.values():
         delete_scraps(target)
         delete_scraps(target.with_name(TABLE))
     return rest
-
-
-def _is_done(video: Path, target: Path) -> bool:
-    try:
-        mask = read_mask(target.parent)
-        return mask is not None and len(mask) == len(frame_paths(video))
-    except UserError:
-        return False
 
 
 @torch.inference_mode()
@@ -175,14 +170,6 @@ def save(target: Path, tracks: Tracks, with_table: bool) -> None:
         ) from None
 
 
-def share_out(targets: dict[Path, Path], processes: Processes) -> dict[Path, Path]:
-    """Return this process's share of the first process's targets."""
-    shared = [list(targets.items())]
-    if processes.count > 1:
-        torch.distributed.broadcast_object_list(shared, src=0, device=processes.device)
-    return dict(shared[0][processes.rank :: processes.count])
-
-
 def decoders(targets: dict[Path, Path], asked: int | None, size: int, processes: Processes) -> int:
     """Return how many processes decode PNGs, at about 1,000 frames/s each; on a CPU lanes do.
 
@@ -203,10 +190,11 @@ def label_videos(
     consistency: bool = True,
     with_table: bool = False,
     scale: Scale = AS_THEY_ARE,
+    tell: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int, list[str]]:
     """Write a mask, and maybe a table of objects, for each video in `targets` that has no fault.
 
-    Says once of each size of frames that is not seen as it is what is done to it.
+    Tells once of each size of frames that is not seen as it is what is done to it.
 
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
@@ -247,7 +235,7 @@ def label_videos(
                     tqdm.write(f"skipped: {fault}", file=sys.stderr)
                 for note in notes:
                     if note not in told:
-                        tqdm.write(note)
+                        tell(note)
                     told.add(note)
     finally:
         torch.set_num_threads(threads)
@@ -265,27 +253,28 @@ def main() -> int:
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     model = make_ready(model, device, args.batch_size, args.compile)
+    data = find_data(args.data, checkpoint, args.ckpt)
     targets: dict[Path, Path] = {}
     if processes.first:  # what is done is left out before the rest is shared
-        targets = plan(find_data(args.data, checkpoint, args.ckpt), args.out)
+        targets = plan(data, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             found = len(targets)
             targets = unfinished(targets, args.objects)
             print(f"{found - len(targets)} of {found} videos have their masks already")
-    targets = share_out(targets, processes)
+    targets = dict(processes.share_out(list(targets.items())))
     workers = decoders(targets, args.workers, args.batch_size, processes)
-    start = time.perf_counter()
+    start, told = time.perf_counter(), []
+
+    def tell(note: str) -> None:
+        told.append(note)
+        if processes.first:
+            tqdm.write(note)
+
+    options = not args.no_consistency, args.objects, scale, tell
     try:
         done, frames, faults = label_videos(
-            model,
-            targets,
-            device,
-            args.batch_size,
-            workers,
-            not args.no_consistency,
-            args.objects,
-            scale,
+            model, targets, device, args.batch_size, workers, *options
         )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -297,10 +286,15 @@ def main() -> int:
     totals = torch.tensor([done, frames, len(faults)], device=device)
     processes.add_up(totals)
     done, frames, skipped = totals.tolist()
+    notes = dict.fromkeys(processes.collect(told))
     if processes.first:
+        for note in list(notes)[len(told) :]:  # of sizes that only others met
+            print(note)
         seconds = time.perf_counter() - start
         rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
         print(f"{done} videos, {frames} frames in {rate} -> {args.out}")
+        look = ["python", "preview.py", "--masks", args.out, "--data", data, "--out", "preview"]
+        print(f"look at them: {shlex.join(map(str, look))}")
         if skipped:
             print(f"{skipped} videos skipped, see above", file=sys.stderr)
     return 1 if skipped else 0
@@ -320,23 +314,29 @@ def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: boo
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
     add("--ckpt", type=Path, required=True, help="weights: a file that train.py wrote")
     add("--out", type=Path, required=True, help="folder for the masks")
     add("--data", type=Path, help="folder of videos (default: what the weights were trained on)")
-    add(
-        "--batch-size", type=at_least(1), default=22, help="frames at once (default: 22, one video)"
-    )
-    add("--workers", type=at_least(0), help="processes that decode frames; 0: this one alone")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
-    add("--scale", type=factor, help="of the frames for the network (default: as it learned)")
-    add("--no-consistency", action="store_true", help="label each frame by itself")
     add("--objects", action="store_true", help="also write the objects that were followed")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
+    add = parser.add_argument_group("labelling").add_argument
+    add("--no-consistency", action="store_true", help="label each frame by itself")
+    add(
+        "--scale",
+        type=factor,
+        help="of the frames for the network, 0.5 for half as wide (default: as it learned)",
+    )
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=at_least(1), default=22, help="frames at once (default: %(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
+    add(
+        "--workers",
+        type=at_least(0),
+        help="processes that decode frames (default: on a CPU 0, else up to 16)",
+    )
+    add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     args = parser.parse_args()
     if args.objects and args.no_consistency:
         parser.error("--objects are those that are followed: leave out --no-consistency")

@@ -1,18 +1,23 @@
-"""How the epochs of a run went: log.csv and TensorBoard."""
+"""How the epochs of a run went: log.csv, TensorBoard, what is printed, and how long is left."""
 
 import csv
 import io
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pictures import draw_columns
 from utils import atomic_write
 
 FIELDS = (
     *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),
     "weighted_iou",
 )
+DRAW_EVERY = 20  # seconds at least: a picture takes 0.1 s, most of it to be packed
 
 
 class Log:
@@ -31,18 +36,91 @@ class Log:
             file.write(text.getvalue().encode())
         self.lines = csv.DictWriter(path.open("a", newline="", buffering=1), FIELDS)
         self.board = SummaryWriter(out / "tensorboard", purge_step=completed + 1)
+        self.drawn = time.monotonic()
 
     def add(self, figures: dict[str, Any]) -> None:
-        """Write one epoch's figures, and print them."""
+        """Write one epoch's figures: those of FIELDS, and the IoU of each class that is there."""
+        epoch = figures["epoch"]
         self.lines.writerow({name: figures[name] for name in FIELDS})
         for name in FIELDS[1:]:
-            self.board.add_scalar(name, figures[name], figures["epoch"])
+            self.board.add_scalar(name, figures[name], epoch)
+        for name, iou in figures["per_class"].items():
+            if figures["pixels"][name]:
+                self.board.add_scalar(f"iou/{name}", iou, epoch)
         self.board.flush()
-        print(
-            f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
-            f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
-            f"weighted IoU {figures['weighted_iou'] or 0:.3f}, "
-            f"foreground IoU {figures['foreground_iou']:.3f}; "
-            f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data",
-            flush=True,
-        )
+
+    def wants_picture(self) -> bool:
+        """Return whether the last picture is so long ago that another costs next to nothing."""
+        return time.monotonic() - self.drawn > DRAW_EVERY
+
+    def draw(self, epoch: int, frames: Tensor, truth: Tensor, labels: Tensor) -> None:
+        """Show frames (N, 3, H, W) over true ids (N, H, W) over predicted ones, in TensorBoard."""
+        picture = draw_columns(frames, truth, labels)
+        self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
+        self.board.flush()
+        self.drawn = time.monotonic()
+
+
+def epoch_line(figures: dict[str, Any], left: str) -> str:
+    """Return what is printed of an epoch; `left` as of `Pace`."""
+    return (
+        f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
+        f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
+        f"weighted IoU {figures['weighted_iou'] or 0:.3f}, "
+        f"foreground IoU {figures['foreground_iou']:.3f}; "
+        f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data"
+        f"{left and '; '}{left}"
+    )
+
+
+class Pace:
+    """How long the rest of a run takes, at the pace of what this process has done of it.
+
+    Training is counted by the step; what follows it in an epoch (settling, validation, saving) by
+    the epoch, so that one which a stop has cut in two does not mislead.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.mark = clock, clock()
+        self.training, self.steps = 0.0, 0  # seconds of so many steps
+        self.rest, self.epochs = 0.0, 0  # seconds of what followed them in so many epochs
+
+    def stepped(self) -> None:
+        """Note that a step has ended."""
+        self.training += self._passed()
+        self.steps += 1
+
+    def ended(self) -> None:
+        """Note that an epoch has ended, with all that belongs to it."""
+        self.rest += self._passed()
+        self.epochs += 1
+
+    def _passed(self) -> float:
+        before, self.mark = self.mark, self.clock()
+        return self.mark - before
+
+    def left(self, steps: int, epochs: int) -> str:
+        """Return e.g. "12 min left", for so many steps and ends of epochs.
+
+        "over 12 min left" where no epoch has ended yet; "" where nothing is left or no step is
+        known.
+        """
+        if not epochs or not self.steps:
+            return ""
+        seconds = steps * self.training / self.steps
+        if self.epochs:
+            seconds += epochs * self.rest / self.epochs
+        return f"{'' if self.epochs else 'over '}{in_words(seconds)} left"
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as people say it: 40 s, 12 min, 3 h 5 min, 2 days 4 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} days {hours % 24} h"

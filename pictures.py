@@ -49,6 +49,17 @@ def draw_labels(labels: Tensor) -> np.ndarray:
     return palette()[labels.numpy()]
 
 
+def draw_columns(frames: Tensor, *masks: Tensor) -> np.ndarray:
+    """Return a picture uint8 ((1 + M) * H, N * W, 3): frames side by side, M masks of each below.
+
+    Args:
+        frames: (N, 3, H, W) uint8.
+        masks: Ids, (N, H, W) each.
+    """
+    rows = [frames.permute(0, 2, 3, 1).numpy(), *map(draw_labels, masks)]
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+
+
 def outlined(labels: np.ndarray) -> np.ndarray:
     """Return labels (T, H, W) in which the outermost pixels of each object are 48 higher."""
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)), mode="edge")

@@ -29,7 +29,15 @@ from tqdm import tqdm
 from classes import NUM_CLASSES
 from raytrace import CELL, develop, lamp_points, render_frames
 from scene import make_scene
-from utils import UserError, at_least, atomic_write, choose_device, run_script, usable_cpus
+from utils import (
+    UserError,
+    at_least,
+    atomic_write,
+    choose_device,
+    make_parser,
+    run_script,
+    usable_cpus,
+)
 
 RENDERER = 2  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of the videos that others have; pixels
@@ -205,16 +213,30 @@ def render_demo() -> None:
 
 def parse_args() -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
     add("--out", type=Path, required=True, help="folder for the video_K folders")
     add("--videos", type=at_least(1), required=True, help="how many")
-    add("--frames", type=at_least(1), default=NUM_FRAMES, help="per video (default %(default)s)")
-    add("--start", type=at_least(0), default=0, help="number of the first (default %(default)s)")
-    add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default %(default)s)")
-    add("--objects", type=int, nargs=2, default=(2, 8), metavar=("MIN", "MAX"), help="per video")
+    add("--start", type=at_least(0), default=0, help="K of the first (default: %(default)s)")
+    add = parser.add_argument_group("scenes").add_argument
+    add(
+        "--frames",
+        type=at_least(1),
+        default=NUM_FRAMES,
+        help=f"of each video, {WIDTH} x {HEIGHT} pixels each (default: %(default)s)",
+    )
+    add(
+        "--objects",
+        type=int,
+        nargs=2,
+        default=(2, 8),
+        metavar=("MIN", "MAX"),
+        help="in each video (default: 2 8)",
+    )
+    add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
     add("--workers", type=at_least(1), help="processes (default: one per usable core, to 32)")
-    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     kinds = NUM_CLASSES - 1
     if not 1 <= args.objects[0] <= args.objects[1] <= kinds:

@@ -1,4 +1,4 @@
-"""A run of training: what it changes, how that is saved and restored, and how it is stopped."""
+"""A run of training: what it changes, how it begins, is saved, restored and stopped."""
 
 import copy
 import math
@@ -17,14 +17,56 @@ from torch import Tensor, nn
 from checkpoints import load_checkpoint, save_checkpoint
 from model import UNet
 from optim import MuonAdamW
+from render import DEMO_DATA
 from utils import Processes, Stopped, UserError
 
+NOTHING = Path("none")  # of --init
+SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
 CHECKPOINT_EVERY = 5  # epochs
 SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
-LAST = "Unet_checkpoint_last.pt"
+LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may wish for: to save, or the number of a signal, all of which are above
+
+
+def load_init(
+    init: Path | None, data: Path, widths: list[int] | None, first: bool
+) -> tuple[UNet, Path] | None:
+    """Return the network whose weights training starts from, and its file; None: from nothing.
+
+    Args:
+        init: What --init says; None: the shipped weights, if they are there and `data` and
+            `widths` do not speak against them.
+        data: What to learn from.
+        widths: What --widths says.
+        first: Whether this is the process that speaks.
+
+    Raises:
+        UserError: what --init names cannot be read, or is another network than `widths` says.
+    """
+    if init == NOTHING or (init is None and (data == DEMO_DATA or widths)):
+        return None
+    file = init or SHIPPED
+    try:
+        trained = UNet.load(file)
+    except UserError as error:
+        if init:
+            raise
+        if first:
+            print(f"the shipped weights are left out: {error}", file=sys.stderr)
+        return None
+    if widths and trained.config != {"widths": widths}:
+        raise UserError(f"{file} is another network: leave out --widths")
+    return trained, file
+
+
+def build_model(trained: UNet | None, widths: list[int] | None, device: torch.device) -> UNet:
+    """Return the network to train, on its device: `trained`, or a new one of these widths."""
+    model = trained or UNet(**({"widths": widths} if widths else {}))
+    if device.type != "cpu":  # there the convolutions choose their own format
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
 
 
 @dataclass
@@ -89,6 +131,24 @@ class Run:
         average = copy.deepcopy(model).requires_grad_(False)
         return cls(model, average, MuonAdamW(model, pull))
 
+    def begin(self, out: Path | None, batch_size: int, steps: int, processes: Processes) -> None:
+        """Resume from the last checkpoint in `out`, if one is there; epochs have `steps`.
+
+        Raises:
+            UserError: it is of another network, or not the same one for all processes.
+        """
+        self.loss.processes = processes
+        if out and (out / LAST).exists():
+            self.resume(out / LAST, batch_size)
+        self.done = min(self.done, steps)
+        self.step = self.epoch * steps + self.done
+        found = processes.gather(self.step)
+        if len(set(found)) > 1:
+            raise UserError(
+                f"processes go on after other steps ({', '.join(map(str, found))}): "
+                "give an --out that all machines share"
+            )
+
     def resume(self, path: Path, batch_size: int) -> None:
         """Go on from a `Unet_checkpoint_last.pt`, in the midst of an epoch if it was saved there.
 
@@ -120,7 +180,7 @@ class Run:
         if self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch:
             save_checkpoint(out / f"Unet_checkpoint_epoch_{self.epoch}.pt", self._checkpoint())
         if improved:
-            save_checkpoint(out / "Unet_checkpoint_best.pt", self._checkpoint())
+            save_checkpoint(out / BEST, self._checkpoint())
         self.save_last(out, batch_size)
 
     def save_last(self, out: Path, batch_size: int) -> None:
@@ -141,6 +201,24 @@ class Run:
             "epoch": self.epoch,
             **self.facts,
         }
+
+
+def last_words(out: Path, data: Path) -> str:
+    """Say what a finished run came to, where its files are, and what to type next."""
+    file = out / BEST
+    try:
+        best = load_checkpoint(file)
+        came_to = f"best weighted IoU: {best['weighted_iou']:.3f}, after epoch {best['epoch']}"
+    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
+        file, came_to = out / LAST, "weights of the last epoch"
+    script = str(Path(sys.argv[0]).with_name("infer.py"))
+    command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
+    return (
+        f"{came_to}, in {file}\n"
+        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
+        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
+        f"label these or other videos with: {shlex.join(command)}"
+    )
 
 
 class Keeper:

@@ -16,64 +16,60 @@ state saved.
 """
 
 import argparse
-import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import augment
 from batches import load_data
-from checkpoints import load_checkpoint
-from classes import NUM_CLASSES
-from log import Log
-from metrics import confusion_matrix, summarise
-from model import UNet, for_labelling
+from log import Log, Pace, epoch_line
+from model import UNet
 from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
-from runs import LAST, Keeper, Run
+from runs import NOTHING, SHIPPED, Keeper, Run, build_model, last_words, load_init
 from utils import (
     Processes,
-    UserError,
     at_least,
     choose_device,
     compile_network,
     log_header,
+    make_parser,
     mixed_precision,
     run_script,
     seed_everything,
 )
+from validation import draw_some, validate
 
 SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
-NOTHING = Path("none")  # of --init
-SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
 PULL = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to the weights given
+RATES = 4e-3, 1e-3  # highest, of steps of 16 frames: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", type=Path, default=DEMO_DATA, help="videos (default %(default)s, rendered)")
-    add("--out", type=Path, default=Path("checkpoints"), help="folder (default %(default)s)")
-    add("--num-epochs", type=at_least(1), help="default: 8, or 30 with a file given as --init")
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
+    add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
+    add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
+    add = parser.add_argument_group("learning").add_argument
+    add("--num-epochs", type=at_least(1), help="in all (default: 8, or 30 with a file as --init)")
     add(
         "--batch-size",
         type=at_least(1),
         default=16,
-        help="frames a step, of all processes together (default %(default)s)",
+        help="frames a step, of all processes together (default: %(default)s)",
     )
     add(
         "--learning-rate",
@@ -87,15 +83,20 @@ def parse_args() -> argparse.Namespace:
         help="checkpoint whose weights to start from; none: from nothing, as without --data and "
         f"with --widths (default: {SHIPPED.parent.name}/{SHIPPED.name})",
     )
-    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
-    add("--seed", type=int, default=0, help="of weights, split and batches (default %(default)s)")
+    add(
+        "--widths",
+        type=at_least(1),
+        nargs="+",
+        help="channels of each stage of the UNet, two or more numbers (default: 32 48 96 160)",
+    )
+    add("--seed", type=int, default=0, help="of weights, split and batches (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: CUDA if available)")
     add(
         "--workers",
         type=at_least(0),
         help="processes that read, of each training process (default: on a CPU 0, else up to 4)",
     )
-    add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add(
         "--deterministic",
@@ -103,31 +104,14 @@ def parse_args() -> argparse.Namespace:
         help="the same bits from the same seed and after --resume on a GPU too, for some speed; "
         "on a CPU that is always so",
     )
-    add("--widths", type=at_least(1), nargs="+", help="channels of each stage of the UNet")
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != NOTHING else 8
-    args.init = choose_init(args.init, args.data, args.widths)
-    if args.learning_rate is None:
-        args.learning_rate = scaled_rate(1e-3 if args.init else 4e-3, args.batch_size)
-    if not 0 < args.learning_rate < math.inf:
+    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and len(args.widths) < 2:
         parser.error("--widths needs two numbers or more, one for each stage")
     return args
-
-
-def choose_init(init: Path | None, data: Path, widths: list[int] | None) -> Path | None:
-    """Return whose weights training starts from, None for nothing, given what --init says."""
-    if init == NOTHING or (init is None and (data == DEMO_DATA or widths)):
-        return None
-    if init is None:
-        try:
-            UNet.load(SHIPPED)
-        except UserError as error:
-            print(f"the shipped weights are left out: {error}", file=sys.stderr)
-            return None
-    return init or SHIPPED
 
 
 def train_one_epoch(
@@ -138,6 +122,7 @@ def train_one_epoch(
     device: torch.device,
     change: Callable = augment,
     attend: Callable[[], None] = lambda: None,
+    left: Callable[[], str] = lambda: "",
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -149,6 +134,7 @@ def train_one_epoch(
         device: Where the network is.
         change: What is done to a batch first.
         attend: Called after every step.
+        left: Returns how long the rest of the run takes, for the progress bar.
 
     Returns:
         train_loss (mean, also of steps before a stop), lr (the last), frames_per_s (of this
@@ -160,9 +146,7 @@ def train_one_epoch(
     bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
     for images, masks in bar:
         waited += time.perf_counter() - asked
-        crops, targets = change(
-            images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
-        )
+        crops, targets = change(*(x.to(device, non_blocking=True) for x in (images, masks)))
         with mixed_precision(device):
             loss = parallel(crops, targets)
         loss.backward()
@@ -176,7 +160,8 @@ def train_one_epoch(
         if run.step % LOOK_EVERY == 0:
             latest, seconds = run.loss.look(), time.perf_counter() - start
             rates = f"{frames / seconds:.1f} frames/s, {waited / seconds:.0%} waiting for data"
-            bar.set_postfix_str(f"loss {latest:.3f}, {rates}", refresh=False)
+            parts = (f"loss {latest:.3f}", rates, left())
+            bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
         attend()
         asked = time.perf_counter()
     train_loss = run.loss.mean()  # waits for the device: the seconds are its own
@@ -189,82 +174,44 @@ def train_one_epoch(
     }
 
 
-@torch.inference_mode()
-def validate(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    processes: Processes,
-    attend: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once.
-
-    They are those of the network as infer.py uses it; `model` stays as it is. `attend` is called
-    after every batch.
-    """
-    model = for_labelling(copy.deepcopy(model), device)
-    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
-    losses = [torch.zeros(0, device=device)]
-    for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
-        images, masks = (x.to(device, non_blocking=True) for x in (images, masks))
-        with mixed_precision(device):
-            stages = model.stages(images)
-        # A loss for each frame by itself, so that the mean does not depend on the batches.
-        losses.append(model.frame_losses(stages, masks))
-        confusion += confusion_matrix(masks, model.labels(stages))
-        attend()
-    losses = torch.cat(losses).cpu().double()
-    total = torch.stack((losses.sum(), torch.tensor(len(losses)).double()))
-    confusion = confusion.cpu()
-    processes.add_up(confusion)
-    processes.add_up(total)
-    return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
+def settle(run: Run, loader: DataLoader, processes: Processes) -> None:
+    """Show the averaged network the last batches of an epoch once more, for its statistics."""
+    device = processes.device
+    loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
+    crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
+    settle_statistics(run.average, crops, device, processes)
+    processes.copy_first(run.average)
 
 
-def build_model(init: Path | None, widths: list[int] | None, device: torch.device) -> UNet:
-    """Return the network that the command line asks for, with the weights of --init if given."""
-    model = UNet(**({"widths": widths} if widths else {}))
-    if init:
-        trained = UNet.from_checkpoint(load_checkpoint(init), init)
-        if widths and trained.config != model.config:
-            raise UserError(f"{init} is another network: leave out --widths")
-        model = trained
-    if device.type != "cpu":  # there the convolutions choose their own format
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
-
-
-def start_run(args: argparse.Namespace, steps: int, frames: int, processes: Processes) -> Run:
+def start_run(
+    args: argparse.Namespace, init: tuple[UNet, Path] | None, loader: DataLoader, rate: float
+) -> Run:
     """Return the run, new or resumed, the same one on all processes.
 
     Args:
         args: The command line.
-        steps: Of an epoch.
-        frames: To learn from.
-        processes: All that train.
+        init: As of `load_init`.
+        loader: The batches of an epoch.
+        rate: The highest learning rate.
 
     Raises:
-        UserError: they do not all find the same checkpoint.
+        UserError: the processes do not all find the same checkpoint.
     """
-    model = build_model(args.init, args.widths, processes.device)
-    run = Run.start(model, PULL / frames if args.init else 0.0)
-    run.loss.processes = processes
-    run.facts = {"data": str(args.data.resolve()), "seed": args.seed}
-    if args.resume and (args.out / LAST).exists():
-        run.resume(args.out / LAST, args.batch_size)
-    run.done = min(run.done, steps)
-    run.step = run.epoch * steps + run.done
-    found = processes.gather(run.step)
-    if len(set(found)) > 1:
-        raise UserError(
-            f"processes go on after other steps ({', '.join(map(str, found))}): "
-            "give an --out that all machines share"
-        )
+    processes, data = loader.batch_sampler.processes, loader.dataset
+    trained, file = init or (None, None)
+    model = build_model(trained, args.widths, processes.device)
+    run = Run.start(model, PULL / len(data) if trained else 0.0)
+    run.facts = {
+        "data": str(args.data.resolve()),
+        "seed": args.seed,
+        "frame_size": list(data[0][0].shape[1:]),  # scale.py asks for it
+    }
+    run.begin(args.out if args.resume else None, args.batch_size, len(loader), processes)
     if processes.first:
         print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
         if not run.step:
-            whose = f"the weights of {args.init}" if args.init else "nothing"
-            print(f"starting from {whose}, with a learning rate of up to {args.learning_rate:g}")
+            whose = f"the weights of {file}" if file else "nothing"
+            print(f"starting from {whose}, with a learning rate of up to {rate:g}")
         if run.step:
             within = f" and step {run.done}" if run.done else ""
             print(f"going on after epoch {run.epoch}{within}")
@@ -285,23 +232,38 @@ def main() -> None:
             render_demo()
     processes.wait()
 
+    init = load_init(args.init, args.data, args.widths, processes.first)
+    rate = args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size)
     loader, val_loader = load_data(
         args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
     )
-    run = start_run(args, len(loader), len(loader.dataset), processes)
-    run.facts["frame_size"] = list(loader.dataset[0][0].shape[1:])  # scale.py asks for it
+    run = start_run(args, init, loader, rate)
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
-    parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
+    train_epochs(args, run, loader, val_loader, rate, processes)
+    if processes.first:
+        print(last_words(args.out, args.data))
+
+
+def train_epochs(
+    args: argparse.Namespace,
+    run: Run,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    rate: float,
+    processes: Processes,
+) -> None:
+    """Train, validate and save epoch by epoch, up to the learning rate `rate`."""
+    device, total_steps, pace = processes.device, args.num_epochs * len(loader), Pace()
+    parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         args.out.mkdir(parents=True, exist_ok=True)
         log = Log(args.out, run.epoch)
-    total_steps = args.num_epochs * len(loader)
 
     def rate_at(step: int) -> float:
-        return learning_rate_at(step / total_steps, args.learning_rate)
+        return learning_rate_at(step / total_steps, rate)
 
     def seed_step() -> None:
         # Every step has a seed of its own, so that a run which was stopped goes on like another.
@@ -312,24 +274,35 @@ def main() -> None:
         seed_step()
         return augment(images, masks)
 
+    def left() -> str:
+        return pace.left(total_steps - run.step, args.num_epochs - run.epoch)
+
     with Keeper(run, args.out, args.batch_size, processes) as keeper:
+
+        def attend() -> None:
+            pace.stepped()
+            keeper.attend()
+
         while run.epoch < args.num_epochs:
             loader.batch_sampler.epoch, loader.batch_sampler.done = run.epoch + 1, run.done
-            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, keeper.attend)
+            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, attend, left)
             figures["frames_per_s"] *= processes.count
             seed_step()
-            loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
-            crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
-            settle_statistics(run.average, crops, device, processes)
-            processes.copy_first(run.average)
+            settle(run, loader, processes)
             figures |= validate(
                 run.average, val_loader, device, processes, keeper.attend_validation
             )
             run.epoch, run.done = run.epoch + 1, 0
             run.loss.begin()
             if processes.first:
-                log.add(figures | {"epoch": run.epoch})
+                figures["epoch"] = run.epoch
+                log.add(figures)
                 run.save(args.out, figures, args.num_epochs, args.batch_size)
+                if log.wants_picture() or run.epoch == args.num_epochs:
+                    draw_some(log, run.epoch, run.average, val_loader.dataset, device)
+            pace.ended()
+            if processes.first:
+                print(epoch_line(figures, left()), flush=True)
             if run.epoch < args.num_epochs:
                 keeper.attend_epoch()
 

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+VERSION = "0.9.0"  # also in CITATION.cff and CHANGELOG.md
 PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
 
 
@@ -34,7 +35,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: all is saved
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its status.
+    """Run a script's `main` and exit with its status, of which the README lists all.
 
     `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
     130, a reader that has gone (`| head`) with 141, `Stopped` with its own; of several processes
@@ -81,6 +82,20 @@ def _leave_group() -> None:
     """Take leave of the other processes; one that fails must not wait for them to do the same."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that knows --version and whose --help begins with a script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"clevr-unet {VERSION}",
+        help="print the version of the project and exit",
+    )
+    return parser
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -236,6 +251,20 @@ class Processes:
         self.add_up(numbers)
         return numbers.tolist()
 
+    def share_out(self, items: list[Any]) -> list[Any]:
+        """Return this process's share of the first process's items; they are pickled."""
+        shared = [items]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0][self.rank :: self.count]
+
+    def collect(self, items: list[Any]) -> list[Any]:
+        """Return the items of all processes, by rank, to every process; they are pickled."""
+        found = [items] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, items)
+        return [item for part in found for item in part]
+
     def copy_first(self, module: torch.nn.Module) -> None:
         """Give the first process's weights and buffers to all."""
         if self.count > 1:
@@ -286,8 +315,8 @@ def log_header(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (
         f"command: python {' '.join(sys.argv)}\n"
-        f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, commit {_commit() or 'none'}\n"
+        f"clevr-unet {VERSION}, commit {_commit() or 'none'}, "
+        f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n"
         f"device: {device} ({name}), {torch.get_num_threads()} threads"
     )
 

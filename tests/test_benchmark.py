@@ -155,7 +155,8 @@ def test_constants_are_the_defaults_of_the_scripts(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args()
     assert args.batch_size == benchmark.TRAIN_BATCH
-    assert args.learning_rate == speed.LEARNING_RATE
+    assert args.learning_rate is None
+    assert train.RATES[0] == speed.LEARNING_RATE
     monkeypatch.setattr(sys, "argv", ["infer.py", "--ckpt", "a", "--out", "b"])
     assert infer.parse_args().batch_size == speed.INFER_BATCH
 

@@ -321,15 +321,21 @@ def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, network,
 
 @pytest.mark.parametrize("processes", [2, 5])
 def test_processes_share_out_the_videos(run, tmp_path, data, ckpt, processes):
-    """Each video is done once, to the same labels, though they do not divide evenly."""
-    shutil.copytree(data / "b/video_00001", data / "b/video_00002")
-    arguments = ["--ckpt", ckpt, "--device", "cpu", "--workers", "0"]
-    launcher = torchrun(processes)
-    done = run_alone("infer.py", *arguments, "--out", tmp_path / "many", launcher=launcher)
+    """Each video is done once, to the same labels, though they do not divide evenly.
+
+    What is done to frames of another size is said once, though the first process has none.
+    """
+    write_video(data / "b/video_00002", 3, size=(64, 96))
+    arguments = ["--ckpt", ckpt]
+    launcher, options = torchrun(processes), ["--device", "cpu", "--workers", "0"]
+    out = "--out", tmp_path / "many"
+    done = run_alone("infer.py", *arguments, *options, *out, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 videos, 39 frames in " in done.stdout.splitlines()[-1]
-    status, _, _ = run("--ckpt", ckpt, "--out", tmp_path / "one")
+    status, said, _ = run(*arguments, "--out", tmp_path / "one")
     assert status == 0
+    for text in (done.stdout, said):
+        assert text.count("frames of 96 x 64 are brought to 48 x 32") == 1
     one, many = masks_below(tmp_path / "one"), masks_below(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(np.array_equal(one[name], many[name]) for name in one)

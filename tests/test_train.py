@@ -1,28 +1,36 @@
 """Training through the real scripts: it learns, goes on after a kill, repeats itself."""
 
 import csv
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import ROOT, run, torchrun, write_video
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 import log
+import runs
 import train
 from augment import augment
 from batches import ShardedBatches
 from checkpoints import load_checkpoint, save_checkpoint
-from dataset import CLEVRDataset
+from classes import CLASS_NAMES
+from dataset import CLEVRDataset, split_videos
 from model import UNet
 from optim import learning_rate_at, settle_statistics
+from pictures import draw_labels
 from render import render_video
 from runs import LAST, Run
 from utils import Processes
@@ -74,6 +82,37 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     best = load_checkpoint(finished / "Unet_checkpoint_best.pt")
     assert best["weighted_iou"] == max(float(row["weighted_iou"]) for row in rows)
     assert list((finished / "tensorboard").iterdir())
+
+
+def test_tensorboard_has_the_classes_that_are_there_and_frames_beside_their_labels(
+    finished, videos
+):
+    """The last epoch's picture, whose truth can be recognised."""
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    data = CLEVRDataset(split_videos(videos, seed=0)[1])
+    ids = np.unique(np.stack([mask for _, mask in data]))
+    tags = {f"iou/{CLASS_NAMES[i]}" for i in ids}
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("iou/")} == tags
+    picture = events.Images("frames, truth, prediction")[-1]
+    assert picture.step == 6
+    pixels = np.array(PIL.Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert pixels.shape == (3 * 160, 3 * 240, 3)
+    frame, truth = data[len(data) // 2]
+    assert np.array_equal(pixels[:160, 240:480], frame.permute(1, 2, 0))
+    assert np.array_equal(pixels[160:320, 240:480], draw_labels(truth))
+    labels = UNet.load(finished / "Unet_checkpoint_epoch_6.pt").predict(frame[None])[0]
+    assert (pixels[320:, 240:480] == draw_labels(labels)).mean() > 0.99
+
+
+def test_a_run_that_is_done_says_what_to_do_next(finished, videos, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(train, "seed_everything", lambda *_, **__: None)  # it is this process's
+    out = shutil.copytree(finished, tmp_path / "a copy")
+    status, said, _ = call(
+        train, "--data", videos, "--out", out, "--num-epochs", 6, "--resume", *TINY
+    )
+    assert status == 0
+    assert "nothing left to do: 6 of 6 epochs are done\nbest weighted IoU: 0." in said
+    assert said.splitlines()[-1].endswith(f"--out masks --data {videos}")
 
 
 def figures(out: Path) -> list[dict[str, str]]:
@@ -260,16 +299,24 @@ def test_init_starts_from_the_given_weights(finished, videos, tmp_path):
     ],
 )
 def test_what_training_starts_from(arguments, starts_from, rate, epochs, monkeypatch):
+    read = []
+    monkeypatch.setattr(train.UNet, "load", lambda file: read.append(file) or UNet([8, 16]))
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     args = train.parse_args()
-    assert (args.init, args.learning_rate, args.num_epochs) == (starts_from, rate, epochs)
+    init = train.load_init(args.init, args.data, args.widths, first=True)
+    assert (init and init[1], args.num_epochs) == (starts_from, epochs)
+    assert read == [starts_from] * bool(init), "it is read once"
+    assert (args.learning_rate or train.RATES[bool(init)]) == rate
 
 
-def test_scripts_without_their_weights_start_from_nothing_and_say_so(monkeypatch, capsys):
-    monkeypatch.setattr(train, "SHIPPED", Path("gone.pt"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "d"])
-    assert train.parse_args().init is None
-    assert "shipped weights are left out: no checkpoint at gone.pt" in capsys.readouterr().err
+@pytest.mark.parametrize("first", [True, False])
+def test_scripts_without_their_weights_start_from_nothing_and_say_so_once(
+    first, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "SHIPPED", Path("gone.pt"))
+    assert train.load_init(None, Path("d"), None, first) is None
+    said = "the shipped weights are left out: no checkpoint at gone.pt"
+    assert (said in capsys.readouterr().err) == first
 
 
 def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp_path):
@@ -326,8 +373,10 @@ def test_overfits_one_video_through_all_scripts(tmp_path):
 VALIDATE = """
 import json, sys, torch, train
 from batches import ShardedBatches
-from dataset import CLEVRDataset
+from classes import CLASS_NAMES
+from dataset import CLEVRDataset, split_videos
 from model import UNet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from utils import Processes
 processes = Processes(torch.device("cpu"))
@@ -371,10 +420,10 @@ def test_three_processes_train_and_one_goes_on(videos, tmp_path):
 
 
 def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
-    fields = dict.fromkeys(log.FIELDS, 0.5)
+    fields = dict.fromkeys(log.FIELDS, 0.5) | {"per_class": {}}
     lines = log.Log(tmp_path, completed=0)
     for epoch in (1, 2, 3):
-        lines.add(fields | {"epoch": epoch, "waiting": 0.0})
+        lines.add(fields | {"epoch": epoch})
     before = (tmp_path / "log.csv").read_text()
 
     def die(descriptor):
@@ -387,7 +436,7 @@ def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
     assert (tmp_path / "log.csv").read_text() == before
     with (tmp_path / "log.csv").open("a") as file:
         file.write("1")  # and what a killed run may leave of a line
-    log.Log(tmp_path, completed=2).add(fields | {"epoch": 3, "waiting": 0.0})
+    log.Log(tmp_path, completed=2).add(fields | {"epoch": 3})
     assert (tmp_path / "log.csv").read_text() == before
 
 

@@ -1,6 +1,7 @@
 """Exit statuses, files that are whole or not there, checkpoints, and life without git."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -98,7 +99,8 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     found = load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
-    assert found == checkpoint | {"format": checkpoints.CHECKPOINT_FORMAT}
+    added = {"format": checkpoints.CHECKPOINT_FORMAT, "version": utils.VERSION}
+    assert found == checkpoint | added
     torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
     assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
 
@@ -114,7 +116,7 @@ def test_checkpoints_of_other_formats_get_a_sentence(tmp_path, version, needle):
 def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     header = utils.log_header(torch.device("cpu"))
-    assert "commit none" in header
+    assert f"clevr-unet {utils.VERSION}, commit none" in header
     assert f"torch {torch.__version__}" in header
 
 
@@ -123,3 +125,14 @@ def test_processors_are_those_that_may_be_used(monkeypatch):
     assert utils.usable_cpus() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert utils.usable_cpus() == os.cpu_count()
+
+
+def test_the_version_and_the_licence_are_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text()
+    facts = dict(re.findall(r"^([a-z-]+): \"?([^\"\n]+)", citation, flags=re.MULTILINE))
+    number, date = re.search(
+        r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    ).groups()
+    assert facts["version"] == number == utils.VERSION
+    assert facts["date-released"] == date
+    assert (ROOT / "LICENSE").read_text().startswith(f"{facts['license']} License\n")
