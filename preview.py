@@ -279,7 +279,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder of the videos")
     add = parser.add_argument_group("what is made: one of the two, or both").add_argument
     add("--out", type=Path, help="folder for the page that shows all videos (default: none)")
-    add("--strip", type=Path, help="picture of four videos: .png, or .webp or .gif to move (default: none)")
+    add("--strip", type=Path, help="picture of four videos: .png, .webp or .gif (default: none)")
     add(
         "--width",
         type=at_least(16),
