@@ -17,8 +17,8 @@ from utils import run_script
 # wait for each other would make that many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # this process has read the variable already
-# Else each process that reads ahead imports all of this anew, which takes seconds.
-multiprocessing.set_forkserver_preload(["batches", "test_dataset"])
+# Else each process that is forked from the server imports PyTorch anew, which takes seconds.
+multiprocessing.set_forkserver_preload(["benchmark", "infer", "train"])
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("CLEVR_REAL") or "no-real-videos")  # real videos, some with masks

@@ -13,6 +13,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from conftest import ROOT, torchrun
@@ -340,19 +341,16 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
 
 
 PRETEND = """
-import sys, json, numpy, torch
-sys.path[:0] = sys.argv[1:3]
-import pretend
-pretend.install()
-import infer
+import sys, json, torch
+import infer, pretend
 from model import UNet
 from videos import find_videos, read_video
-frames = read_video(find_videos(sys.argv[4])[0])
+frames = read_video(find_videos(sys.argv[2])[0])
 labels, device = [], torch.device("pretend")
 for precision in (False, True):
     infer.has_bfloat16 = lambda device: precision
     for where in (torch.device("cpu"), device):
-        model = infer.make_ready(UNet.load(sys.argv[3]), where, 8, False)
+        model = infer.make_ready(UNet.load(sys.argv[1]), where, 8, False)
         pretend.reset()
         (tracks,) = infer.label(model, [frames], where, 22, True)
         labels.append(tracks.labels)
@@ -366,11 +364,10 @@ def test_a_video_on_a_pretended_gpu_waits_once_and_for_its_own_labels(tmp_path):
     """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
     frames, _ = render_video(5, (4, 6), num_frames=8)
     write_frames(tmp_path / "video_0", frames)
-    (tmp_path / "pretended.py").write_text(PRETEND)
-    paths = (ROOT, ROOT / "tests", ROOT / "weights/clevr_unet.pt", tmp_path)
-    done = run_alone(tmp_path / "pretended.py", *paths)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels, waits, copies = json.loads(done.stdout.splitlines()[-1])
+    paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
+    status, printed, errors = pretend.in_new_process(PRETEND, *paths)
+    assert status == 0, errors[-3000:]
+    kernels, waits, copies = json.loads(printed.splitlines()[-1])
     assert kernels <= 100
     assert waits == {"synchronize": 1}
     assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 2}
