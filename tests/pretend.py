@@ -354,8 +354,8 @@ def in_new_process(code: str, *arguments: object) -> tuple[int, str, str]:
     process.start()
     connection.close()  # so that the end of the process is the end of the pipe
     try:
-        if not answer.poll(120):
-            raise TimeoutError("no end after 120 seconds")
+        if not answer.poll(300):
+            raise TimeoutError("no end after 300 seconds")
         return answer.recv()
     finally:
         process.kill()
