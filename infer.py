@@ -253,9 +253,9 @@ def main() -> int:
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     model = make_ready(model, device, args.batch_size, args.compile)
-    data = find_data(args.data, checkpoint, args.ckpt)
     targets: dict[Path, Path] = {}
     if processes.first:  # what is done is left out before the rest is shared
+        data = find_data(args.data, checkpoint, args.ckpt)
         targets = plan(data, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
