@@ -2,7 +2,6 @@
 
     python evaluate.py --pred masks --data path                    # the report
     python evaluate.py --pred masks --data path --json score.json  # and all of it as JSON
-    python evaluate.py --pred masks --data path --picture strip.png  # frames, truth, masks
 
 Every labelled video below --data is compared with the mask.npy at the same relative path below
 --pred. miou is over all videos together, from one integer confusion matrix; video_miou is the mean
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from classes import NUM_CLASSES
@@ -26,13 +24,11 @@ from metrics import (
     Segments,
     count_segments,
     frame_confusions,
-    ghosts,
-    lost,
     mean_iou,
     panoptic_quality,
     summarise,
+    video_figures,
 )
-from pictures import draw_strip
 from utils import UserError, atomic_write, make_parser, run_script
 from videos import find_videos, frame_paths, read_labels
 
@@ -56,14 +52,7 @@ class Tally:
         self.last_frames += confusions[-1]
         self.segments += count_segments(confusions)
         self.frames += len(truth)
-        self.videos.append(
-            {
-                "video": name,
-                "miou": mean_iou(confusions.sum(0)),
-                "ghosts": ghosts(confusions),
-                "lost": lost(confusions),
-            }
-        )
+        self.videos.append({"video": name, **video_figures(confusions)})
 
     def figures(self) -> dict[str, Any]:
         """Return all figures, plain and fit for JSON."""
@@ -164,9 +153,8 @@ def main() -> None:
     add = parser.add_argument_group("what is compared").add_argument
     add("--pred", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
-    add = parser.add_argument_group("files beside the report (default: none)").add_argument
+    add = parser.add_argument_group("files beside the report").add_argument
     add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
-    add("--picture", type=Path, help="draw frames, truth and masks as a PNG")
     args = parser.parse_args()
 
     for path in (args.pred, args.data):
@@ -178,9 +166,6 @@ def main() -> None:
         text = json.dumps(result, indent=1, allow_nan=False)
         with atomic_write(args.json) as file:
             file.write(f"{text}\n".encode())
-    if args.picture:
-        with atomic_write(args.picture) as file:
-            Image.fromarray(draw_strip(args.pred, args.data)).save(file, "PNG")
     print(report(result))
 
 

@@ -35,7 +35,7 @@ from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_f
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from model import UNet, for_labelling
-from objects import Row, Tracks, follow, table
+from objects import TABLE, Row, Tracks, follow, table
 from parts import gather, occupied
 from records import RECORD, frames_of, maker, unfinished, write_record
 from scale import AS_THEY_ARE, FRAME_SIZE, Scale, factor, fill, learned_size, outline, resize
@@ -53,7 +53,6 @@ from utils import (
 )
 from videos import find_videos, frame_paths, read_frame
 
-TABLE = "objects.csv"  # beside mask.npy
 MAX_WORKERS = 16  # processes that decode for a GPU
 
 

@@ -166,3 +166,12 @@ def lost(confusions: Tensor) -> list[str]:
     true = confusions.sum(2)
     found = (2 * hit > true).any(0)
     return [CLASS_NAMES[i] for i in (true.any(0) & ~found)[1:].nonzero()[:, 0] + 1]
+
+
+def video_figures(confusions: Tensor) -> dict[str, Any]:
+    """Return miou, ghosts and lost of one video by its `frame_confusions`."""
+    return {
+        "miou": mean_iou(confusions.sum(0)),
+        "ghosts": ghosts(confusions),
+        "lost": lost(confusions),
+    }

@@ -24,6 +24,7 @@ from classes import CLASS_NAMES, FACTOR_SIZES, NUM_CLASSES
 from parts import MEMBERS, NUM_KINDS, Parts, parts_of, sums
 from tracks import TOLERANCE, link
 
+TABLE = "objects.csv"  # the file of `table`, beside mask.npy
 NEW_CLASS = 4.0  # nats that a further class of the video costs
 APART = 0.6  # nats against one object being seen in two pieces
 CLASH = 30.0  # nats against two objects of one class

@@ -1,12 +1,18 @@
-"""Drawn masks: ids as colours, and frames beside them."""
+"""Drawn masks: ids as colours, over frames or beside them; one home for all that is drawn.
 
+Pictures are numpy arrays, uint8, (height, width, 3) or with a leading axis of frames.
+"""
+
+import math
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
-from videos import find_labelled, frame_paths, read_frame, read_labels
+from utils import UserError
+from videos import find_videos, is_labelled, read_labels, read_video
 
 PAINT = (  # red, green, blue of COLOURS in drawn masks: brighter than the objects themselves
     *((150, 150, 150), (235, 60, 60), (70, 110, 255), (60, 200, 60)),
@@ -14,6 +20,14 @@ PAINT = (  # red, green, blue of COLOURS in drawn masks: brighter than the objec
 )
 BACKGROUND_PAINT = (40, 40, 40)
 SHADE = 0.11  # how much darker each further kind of object of one colour is painted
+NUM_KINDS = NUM_CLASSES - 1  # of object
+BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
+TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
+FAULTS = {  # how a mask can differ from the truth, and how that is painted
+    "missed": (255, 60, 60),  # an object's pixel that is taken for background
+    "too much": (60, 160, 255),  # the background's, taken for an object's
+    "another class": (255, 200, 0),  # an object's, taken for another object's
+}
 
 
 def palette() -> np.ndarray:
@@ -23,6 +37,11 @@ def palette() -> np.ndarray:
     kind = shape * FACTOR_SIZES[1] + material  # 0..5, metal cube to rubber cylinder
     paint = np.array(PAINT, dtype=np.float32)[colour] * (1 - np.float32(SHADE) * kind[:, None])
     return np.concatenate([[BACKGROUND_PAINT], paint]).astype(np.uint8)
+
+
+def object_paint() -> np.ndarray:
+    """Return the colour in which each class is drawn over frames, uint8 (49, 3), its own colour."""
+    return np.array([BACKGROUND_PAINT, *PAINT * (NUM_KINDS // len(PAINT))], np.uint8)
 
 
 def draw_labels(labels: Tensor) -> np.ndarray:
@@ -41,19 +60,122 @@ def draw_columns(frames: Tensor, *masks: Tensor) -> np.ndarray:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
 
-def draw_strip(pred: Path, data: Path, columns: int = 4) -> np.ndarray:
-    """Return a picture uint8 (3 * H, columns * W, 3): frames over true masks over predictions.
+def outlined(labels: np.ndarray) -> np.ndarray:
+    """Return labels (T, H, W) in which the outermost pixels of each object are 48 higher."""
+    padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    inner = np.ones(labels.shape, bool)
+    for beside in (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2]):
+        inner &= beside == labels
+    inner &= padded[:, 1:-1, 2:] == labels
+    return np.where((labels > 0) & ~inner, labels + NUM_KINDS, labels).astype(np.uint8)
 
-    Shows the middle frame of labelled videos that lie evenly apart in the list.
+
+def draw_over(frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Tint and outline objects in frames (T, H, W, 3) by their labels (T, H, W)."""
+    marks = outlined(labels)
+    paint = np.concatenate([object_paint(), object_paint()[1:]])
+    opacity = np.array([0] + [TINT] * NUM_KINDS + [1] * NUM_KINDS, np.float32)[marks][..., None]
+    return np.round(frames * (1 - opacity) + paint[marks] * opacity).astype(np.uint8)
+
+
+def differences(truth: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how labels differ from the truth: 0 where not, else which of FAULTS, from 1."""
+    kinds = [truth == labels, labels == 0, truth == 0]
+    return np.select(kinds, [0, 1, 2], 3).astype(np.uint8)
+
+
+def columns_for(frames: int) -> int:
+    """Return how many frames stand side by side in a sheet, so that it is about as wide as high."""
+    return math.ceil(math.sqrt(frames))
+
+
+def sheet(frames: np.ndarray) -> np.ndarray:
+    """Lay frames (T, H, W, ...) out as one picture, row by row, each in a tile of `tile_size`."""
+    count, height, width = frames.shape[:3]
+    columns = columns_for(count)
+    rows = -(-count // columns)
+    high, wide = tile_size(height, width)
+    beyond = [(0, 0)] * (frames.ndim - 3)
+    frames = np.pad(frames, [(0, 0), (0, high - height), (0, wide - width), *beyond], mode="edge")
+    frames = np.pad(frames, [(0, rows * columns - count), (0, 0), (0, 0), *beyond])
+    tiles = frames.reshape(rows, columns, *frames.shape[1:]).swapaxes(1, 2)
+    return tiles.reshape(rows * high, columns * wide, *frames.shape[3:])
+
+
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """Return height and width of a frame's tile, in whole blocks of JPEG, which bleed within."""
+    return -(-height // BLOCK) * BLOCK, -(-width // BLOCK) * BLOCK
+
+
+def mask_sheet(labels: np.ndarray) -> Image.Image:
+    """Return labels (T, H, W) as a sheet to lay over one of frames: tints and outlines."""
+    paint = np.concatenate([object_paint(), object_paint()[1:]])
+    opacity = [0] + [round(255 * TINT)] * NUM_KINDS + [255] * NUM_KINDS
+    return _transparent(sheet(outlined(labels)), paint, opacity)
+
+
+def difference_sheet(truth: np.ndarray, labels: np.ndarray) -> Image.Image:
+    """Return a sheet of the `differences`, to lay over one of frames."""
+    paint = np.array([BACKGROUND_PAINT, *FAULTS.values()], np.uint8)
+    return _transparent(sheet(differences(truth, labels)), paint, [0] + [220] * len(FAULTS))
+
+
+def _transparent(indices: np.ndarray, paint: np.ndarray, opacity: list[int]) -> Image.Image:
+    picture = Image.fromarray(indices, "P")
+    picture.putpalette(paint.astype(np.uint8).tobytes())
+    picture.info["transparency"] = bytes(opacity)
+    return picture
+
+
+def reduced(frames: np.ndarray, labels: list[np.ndarray], width: int) -> list[np.ndarray]:
+    """Return frames (T, H, W, 3) and each of `labels` (T, H, W) no wider than `width` pixels."""
+    _, high, wide, _ = frames.shape
+    if wide <= width:
+        return [frames, *labels]
+    size = (width, max(1, round(high * width / wide)))
+    small = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.BOX)) for f in frames])
+    rows, columns = (
+        (np.arange(n) + 0.5) * of / n for n, of in zip(size[::-1], (high, wide), strict=True)
+    )
+    picked = [ids[:, rows.astype(int)][:, :, columns.astype(int)] for ids in labels]
+    return [small, *picked]
+
+
+def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> np.ndarray:
+    """Draw videos that lie evenly apart in the list side by side, each above its masks.
+
+    Args:
+        masks: The folder that infer.py wrote.
+        data: The folder of videos, of one size.
+        moving: Whether to draw all frames, each above itself with the objects tinted and outlined;
+            else the middle one, above the true masks where `data` has any and the predicted.
+        most: Videos.
+
+    Returns:
+        uint8 (T, rows * H, videos * W, 3), T the length of the shortest, or 1.
+
+    Raises:
+        UserError: there is no such video with masks, or one has a fault.
     """
-    videos = find_labelled(data)
-    columns = min(columns, len(videos))
+    videos = find_videos(data)
+    labelled = [video for video in videos if is_labelled(video)]
+    videos = labelled if labelled and not moving else videos
+    videos = [v for v in videos if is_labelled(masks / v.relative_to(data))]
+    if not videos:
+        raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
+    shown = [videos[i * len(videos) // most] for i in range(most)] if len(videos) > most else videos
     strip = []
-    for i in range(columns):
-        video = videos[i * len(videos) // columns]
-        paths = frame_paths(video)
-        t = len(paths) // 2
-        frame = read_frame(paths[t]).permute(1, 2, 0).numpy()
-        masks = (read_labels(video), read_labels(pred / video.relative_to(data)))
-        strip.append(np.concatenate([frame, *(draw_labels(mask[t]) for mask in masks)]))
-    return np.concatenate(strip, axis=1)
+    for video in shown:
+        frames = read_video(video).permute(0, 2, 3, 1).numpy()
+        mask = read_labels(masks / video.relative_to(data), len(frames), frames.shape[1:3]).numpy()
+        if moving:
+            rows = [frames, draw_over(frames, mask)]
+        else:
+            t = slice(len(frames) // 2, len(frames) // 2 + 1)
+            truth = [read_labels(video).numpy()] if labelled else []
+            rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
+        strip.append(np.concatenate(rows, axis=1))
+    if len({column.shape[1:] for column in strip}) > 1:
+        raise UserError(f"{data}: videos of different sizes cannot stand side by side in a strip")
+    length = min(map(len, strip))
+    return np.concatenate([column[:length] for column in strip], axis=2)

@@ -165,24 +165,3 @@ def test_a_missing_folder_is_named(run, tmp_path, labels, missing):
     status, _, err = run("--pred", folders["pred"], "--data", folders["data"])
     assert status == 2
     assert str(tmp_path / "absent") in err
-
-
-def test_picture_shows_frames_over_truth_over_prediction(run, tmp_path, labels):
-    wrong = labels.copy()
-    wrong[1] = np.where(labels[1] == 0, 0, class_id("cube", "metal", "red"))  # the middle frame
-    for name in ("video_1", "video_2"):
-        write_video(tmp_path / "data" / name, labels)
-    write_mask(tmp_path / "pred/video_1", labels)
-    write_mask(tmp_path / "pred/video_2", wrong)
-    strip = tmp_path / "strip.png"
-    paths = ("--pred", tmp_path / "pred", "--data", tmp_path / "data")
-    assert run(*paths, "--picture", strip)[0] == 0
-    picture = np.asarray(Image.open(strip))
-    assert picture.shape == (3 * 4, 2 * 6, 3)
-    frames, truth, pred = picture[:4], picture[4:8], picture[8:]
-    assert not frames.any()
-    assert np.array_equal(truth[:, :6], truth[:, 6:])
-    assert np.array_equal(pred[:, :6], truth[:, :6])
-    objects = labels[1] > 0
-    assert len(np.unique(pred[:, 6:][objects], axis=0)) == 1
-    assert np.array_equal(pred[:, 6:][~objects], truth[:, 6:][~objects])

@@ -385,6 +385,8 @@ loader = DataLoader(data, batch_sampler=ShardedBatches(len(data), 31, processes,
 figures = train.validate(UNet.load(sys.argv[1]), loader, processes.device, processes)
 if processes.first:
     print(json.dumps(figures))
+if processes.count > 1:
+    torch.distributed.destroy_process_group()
 """
 
 

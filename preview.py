@@ -1,0 +1,297 @@
+"""Look at videos and their masks: one folder that any browser opens from disk.
+
+    python preview.py --masks masks --data path --out preview  # then open preview/index.html
+    python preview.py --masks masks --data path --strip clip.webp  # a moving picture
+    python preview.py --masks masks --data path --strip strip.png   # frames, truth, masks
+
+Shows every video below --data that has a mask.npy at the same relative path below --masks: it
+plays, with the objects tinted and outlined, their names and trails; with their doubt where infer.py
+wrote --objects, and figures and the true masks where the video is labelled. What a former run has
+made and what is still true is kept, so a run that was killed goes on where it stopped.
+
+    preview/index.html, *.js              the page
+    preview/videos.js                     what the page knows of every video at once
+    preview/train/video_0/video.js        its objects, frame by frame; written last
+    preview/train/video_0/frames.jpg      all frames, in rows; masks.png, truth.png, differs.png
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image
+from torch import Tensor
+
+from classes import CLASS_NAMES, NUM_CLASSES
+from metrics import class_iou, count_segments, frame_confusions, panoptic_quality, video_figures
+from objects import TABLE, Tracks, table
+from pictures import (
+    FAULTS,
+    columns_for,
+    difference_sheet,
+    draw_strip,
+    mask_sheet,
+    object_paint,
+    reduced,
+    sheet,
+    tile_size,
+)
+from utils import UserError, at_least, atomic_write, delete_scraps, run_script
+from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
+
+PAGE = {"preview.html": "index.html", "preview.js": "preview.js", "draw.js": "draw.js"}
+FORMAT = 1  # of the files for a video: those of another are made again
+PICTURES = ("frames.jpg", "masks.png", "truth.png", "differs.png")  # the last two if labelled
+QUALITY = 88  # of the JPEG: about 3 KB for a frame of 240 x 160
+FRAME_TIME = 125  # milliseconds, of a moving strip
+
+
+def preview_video(name: str, video: Path, masks: Path, out: Path, width: int) -> dict[str, Any]:
+    """Write the pictures and video.js of one video; return what video.js holds.
+
+    Args:
+        name: By which the page knows it.
+        video: The folder of frames, and maybe of true masks.
+        masks: The folder of its mask.npy, and maybe objects.csv.
+        out: The folder to write to. What is there and was made of the same files is kept.
+        width: Pixels of a frame in the preview, at most.
+
+    Raises:
+        UserError: a frame or the mask cannot be read or they do not fit; what is wrong with the
+            true masks or the table alone is in the result's `faults`.
+    """
+    source = fingerprint(name, video, masks, width)
+    known = read_record(out / "video.js")
+    if known and known.get("source") == source:
+        return known
+    for path in (*(out / picture for picture in PICTURES), out / "video.js"):
+        delete_scraps(path)
+    frames = read_video(video).permute(0, 2, 3, 1).numpy()
+    shape = frames.shape[:3]
+    labels = read_labels(masks, shape[0], shape[1:])
+    faults: list[str] = []
+    truth = _attempt(faults, lambda: read_labels(video, shape[0], shape[1:]))
+    confidence = _attempt(faults, lambda: read_confidence(masks / TABLE)) or {}
+    drawn = [ids.numpy() for ids in (labels, truth) if ids is not None]
+    small, *drawn = reduced(frames, drawn, width)
+    record = {
+        "source": source,
+        "faults": faults,
+        "frames": len(small),
+        "size": [small.shape[2], small.shape[1]],
+        "tile": list(tile_size(*small.shape[1:3])[::-1]),
+        "columns": columns_for(len(small)),
+        "objects": describe_objects(labels, truth, confidence, small.shape[2] / shape[2]),
+        "figures": None if truth is None else describe_errors(truth, labels),
+    }
+    pictures = [Image.fromarray(sheet(small)), *map(mask_sheet, drawn)]
+    if truth is not None:
+        pictures.append(difference_sheet(drawn[1], drawn[0]))
+    for picture, drawing in zip(PICTURES, pictures, strict=False):
+        save_picture(out / picture, drawing)
+    write_script(out / "video.js", "arrived(", [name, record], ");")
+    return record
+
+
+def _attempt(faults: list[str], read: Callable[[], Any]) -> Any:
+    """Return what `read` does, or None and keep what is wrong."""
+    try:
+        return read()
+    except UserError as error:
+        faults.append(str(error))
+        return None
+
+
+def fingerprint(name: str, video: Path, masks: Path, width: int) -> str:
+    """Return a digest of what a preview is made of: names, sizes and times of files, options."""
+    paths = [*frame_paths(video), video / "mask.npy", masks / "mask.npy", masks / TABLE]
+    facts: list[Any] = [FORMAT, QUALITY, name, width]
+    for path in paths:
+        try:
+            stat = path.stat()
+            facts.append((path.name, stat.st_size, stat.st_mtime_ns))
+        except OSError:  # not there
+            facts.append(None)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def read_confidence(path: Path) -> dict[int, float]:
+    """Return the confidence of each class in an objects.csv that infer.py wrote, if it is there.
+
+    Raises:
+        UserError: it is not such a table.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            return {int(row["class_id"]): float(row["confidence"]) for row in rows}
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{path}: not a table of objects as infer.py writes it, delete the file."
+        ) from None
+
+
+def describe_objects(
+    labels: Tensor, truth: Tensor | None, confidence: dict[int, float], scale: float
+) -> list[dict[str, Any]]:
+    """Return of each object its class id, doubt, IoU (None where not known), and trail.
+
+    The trail has, of each frame in which it is seen, its number and, times `scale`, the x and y of
+    the object's centre and the y of its top, in pixels from the frame's upper left corner.
+    """
+    iou = None if truth is None else class_iou(frame_confusions(truth, labels).sum(0)).tolist()
+    objects: dict[int, dict[str, Any]] = {}
+    for row in table(Tracks(labels, dict.fromkeys(range(NUM_CLASSES), 0.0))):
+        kind, sure = row.class_id, confidence.get(row.class_id)
+        if kind not in objects:
+            objects[kind] = {
+                "id": kind,
+                "doubt": None if sure is None else round(1 - sure, 4),
+                "iou": None if iou is None else round(iou[kind], 4),
+                "trail": [],
+            }
+        where = (row.x + 0.5, row.y + 0.5, row.top)
+        objects[kind]["trail"].append([row.frame, *(round(at * scale, 1) for at in where)])
+    return list(objects.values())
+
+
+def describe_errors(truth: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return evaluate.py's figures for one video: miou, sq, ghosts and lost."""
+    confusions = frame_confusions(truth, labels)
+    return video_figures(confusions) | {"sq": panoptic_quality(count_segments(confusions))["sq"]}
+
+
+def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
+    """Write a picture, whole or not at all, in the format that the file's name ends in."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    with atomic_write(path) as file:
+        picture.save(file, kind, quality=QUALITY, **options)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return what a whole video.js holds, None where there is none."""
+    try:
+        text = path.read_text()
+        return json.loads(text[text.index("[") : text.rindex("]") + 1])[1]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def write_script(path: Path, before: str, value: Any, after: str = ";") -> None:
+    """Write a value as JavaScript: a page that is opened from disk can read nothing else."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(f"{before}{text}{after}\n".encode())
+
+
+def summary(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page knows of a video before it is looked at."""
+    doubts = [thing["doubt"] for thing in record["objects"] if thing["doubt"] is not None]
+    figures = record["figures"]
+    return {
+        "name": name,
+        "folder": quote(os.fsencode(name)),
+        "objects": [thing["id"] for thing in record["objects"]],
+        "doubt": max(doubts, default=None),
+        "miou": figures and figures["miou"],
+        "size": record["size"],
+    }
+
+
+def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, list[str]]:
+    """Write the preview of all videos below `data` that have masks below `masks`.
+
+    Returns:
+        How many videos it shows, and what is wrong with them or others.
+    """
+    videos = {video: masks / video.relative_to(data) for video in find_videos(data)}
+    chosen = [video for video, folder in videos.items() if is_labelled(folder)]
+    if not chosen:
+        raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
+    if len(chosen) < len(videos):
+        print(f"{len(videos) - len(chosen)} of {len(videos)} videos have no masks: left out")
+    for source, target in PAGE.items():
+        with atomic_write(out / target) as file:
+            file.write(Path(__file__).with_name(source).read_bytes())
+
+    def job(video: Path) -> tuple[dict[str, Any], list[str]]:
+        name = video.relative_to(data).as_posix()
+        try:
+            record = preview_video(name, video, videos[video], out / name, width)
+        except UserError as error:
+            return {"name": name, "fault": str(error)}, [str(error)]
+        return summary(name, record), record["faults"]
+
+    results = list(in_threads(job, chosen, "drawing"))
+    classes = [
+        {"name": name, "colour": "#" + bytes(paint).hex()}
+        for name, paint in zip(CLASS_NAMES, object_paint().tolist(), strict=True)
+    ]
+    faults = {name: "#" + bytes(paint).hex() for name, paint in FAULTS.items()}
+    page = {"classes": classes, "faults": faults, "videos": [video for video, _ in results]}
+    write_script(out / "videos.js", "const PREVIEW = ", page)
+    return sum("fault" not in video for video, _ in results), [f for _, fs in results for f in fs]
+
+
+def main() -> int:
+    """Write what the command line asks for; return 1 if a video had a fault, else 0."""
+    args = parse_args()
+    for path in (args.masks, args.data):
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder")
+    if args.strip:
+        save_strip(args.strip, args.masks, args.data)
+    if not args.out:
+        return 0
+    if args.out.resolve() in (args.masks.resolve(), args.data.resolve()):
+        raise UserError(f"--out {args.out} holds other files: give a folder of its own")
+    shown, faults = write_preview(args.masks, args.data, args.out, args.width)
+    for fault in faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    print(f"{shown} videos: open {args.out / 'index.html'} in a browser")
+    return 1 if faults else 0
+
+
+def save_strip(path: Path, masks: Path, data: Path) -> None:
+    """Write a picture of a few videos, a moving one if the name ends in .webp or .gif."""
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".webp", ".gif"):
+        raise UserError(f"--strip {path}: give a name that ends in .png, or .webp or .gif to move")
+    first, *rest = map(Image.fromarray, draw_strip(masks, data, moving=suffix != ".png"))
+    moves = {"save_all": True, "append_images": rest, "duration": FRAME_TIME, "loop": 0}
+    save_picture(path, first, **(moves if rest else {}))
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--masks", type=Path, required=True, help="folder that infer.py wrote")
+    add("--data", type=Path, required=True, help="folder of the videos")
+    add("--out", type=Path, help="folder for the preview")
+    add("--strip", type=Path, help="also, or only, a picture of a few videos: .png, .webp, .gif")
+    add(
+        "--width",
+        type=at_least(16),
+        default=240,
+        help="pixels of a frame in the preview, at most (default: 240)",
+    )
+    args = parser.parse_args()
+    if not (args.out or args.strip):
+        parser.error("nothing to make: give --out, --strip or both")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)
