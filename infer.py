@@ -19,6 +19,7 @@ import contextlib
 import csv
 import io
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -253,7 +254,8 @@ def main() -> int:
     made_by = maker(checkpoint.get("digest"), **options)
     targets: dict[Path, Path] = {}
     if processes.first:  # what is done is left out before the rest is shared
-        targets = plan(find_data(args.data, checkpoint, args.ckpt), args.out)
+        data = find_data(args.data, checkpoint, args.ckpt)
+        targets = plan(data, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             found = len(targets)
@@ -290,6 +292,8 @@ def main() -> int:
         seconds = time.perf_counter() - start
         rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
         print(f"{done} videos, {frames} frames in {rate} -> {args.out}")
+        look = ["python", "preview.py", "--masks", args.out, "--data", data, "--out", "preview"]
+        print(f"look at them: {shlex.join(map(str, look))}")
         if skipped:
             print(f"{skipped} videos skipped, see above", file=sys.stderr)
     return 1 if skipped else 0

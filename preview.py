@@ -43,7 +43,7 @@ from pictures import (
     sheet,
     tile_size,
 )
-from utils import UserError, at_least, atomic_write, delete_scraps, run_script
+from utils import UserError, at_least, atomic_write, delete_scraps, make_parser, run_script
 from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
 
 PAGE = {"preview.html": "index.html", "preview.js": "preview.js", "draw.js": "draw.js"}
@@ -273,19 +273,18 @@ def save_strip(path: Path, masks: Path, data: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("what is shown").add_argument
     add("--masks", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of the videos")
-    add("--out", type=Path, help="folder for the preview")
-    add("--strip", type=Path, help="also, or only, a picture of a few videos: .png, .webp, .gif")
+    add = parser.add_argument_group("what is made: one of the two, or both").add_argument
+    add("--out", type=Path, help="folder for the page that shows all videos (default: none)")
+    add("--strip", type=Path, help="picture of four videos: .png, .webp or .gif (default: none)")
     add(
         "--width",
         type=at_least(16),
         default=240,
-        help="pixels of a frame in the preview, at most (default: 240)",
+        help="of a frame in the page, at most, in pixels (default: %(default)s)",
     )
     args = parser.parse_args()
     if not (args.out or args.strip):

@@ -205,16 +205,16 @@ class Run:
 
 def last_words(out: Path, data: Path) -> str:
     """Say what a finished run came to, where its files are, and what to type next."""
-    file, best = out / BEST, {}
+    file = out / BEST
     try:
         best = load_checkpoint(file)
-    except UserError:  # deleted or damaged since
-        file = out / LAST
-    figure = f"{best['weighted_iou']:.3f}" if "weighted_iou" in best else "not known"
+        came_to = f"best weighted IoU: {best['weighted_iou']:.3f}, after epoch {best['epoch']}"
+    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
+        file, came_to = out / LAST, "weights of the last epoch"
     script = str(Path(sys.argv[0]).with_name("infer.py"))
     command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
     return (
-        f"best weighted IoU: {figure}, after epoch {best.get('epoch', '?')}, in {file}\n"
+        f"{came_to}, in {file}\n"
         f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
         f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
         f"label these or other videos with: {shlex.join(command)}"

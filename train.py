@@ -242,12 +242,12 @@ def main() -> None:
         images, masks = next(iter(loader))
         compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
-    train(args, run, loader, val_loader, rate, processes)
+    train_epochs(args, run, loader, val_loader, rate, processes)
     if processes.first:
         print(last_words(args.out, args.data))
 
 
-def train(
+def train_epochs(
     args: argparse.Namespace,
     run: Run,
     loader: DataLoader,

@@ -1,5 +1,6 @@
 """Settings and helpers for all tests."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from utils import run_script
 # Scripts run by several tests or workers at once share two cores: threads that spin while they
 # wait for each other would make that many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)  # this process has read the variable already
+# Else each process that is forked from the server imports PyTorch anew, which takes seconds.
+multiprocessing.set_forkserver_preload(["benchmark", "infer", "train"])
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("CLEVR_REAL") or "no-real-videos")  # real videos, some with masks
@@ -60,6 +64,7 @@ def torchrun(processes: int) -> tuple[str, ...]:
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a script's main in this process; return its exit status, stdout and stderr."""
+    deterministic = torch.get_deterministic_debug_mode()
 
     def call_with(module, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
@@ -67,7 +72,8 @@ def call(monkeypatch, capsys):
             run_script(module.main)
         return end.value.code, *capsys.readouterr()
 
-    return call_with
+    yield call_with
+    torch.set_deterministic_debug_mode(deterministic)  # which train.py asks for
 
 
 @pytest.fixture

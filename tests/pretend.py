@@ -20,14 +20,22 @@ It computes what the CPU computes, bit for bit, and behaves as a GPU does where 
 
 It is a PrivateUse1 backend in pure Python, which PyTorch calls experimental. It has no second
 index, no memory of its own to run out of, one stream, and no generators but the CPU's. install()
-lasts for the process, so that a test runs a script of its own in a subprocess.
+lasts for the process, so that a test has a process of its own do what needs the device:
+
+    status, printed, errors = pretend.in_new_process(code, *arguments)
 """
 
+import contextlib
 import ctypes
+import io
 import math
+import multiprocessing
+import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -333,3 +341,39 @@ def install() -> None:
     torch.accelerator.synchronize = lambda device=None: wait("synchronize")
     torch.accelerator.current_stream = lambda device=None: Event()
     torch.accelerator.set_device_index = lambda device: None
+
+
+def in_new_process(code: str, *arguments: object) -> tuple[int, str, str]:
+    """Run code in a process that has the device; return its exit status, stdout and stderr.
+
+    It is forked from a server that has imported PyTorch, and `arguments` are its sys.argv[1:].
+    """
+    context = multiprocessing.get_context("forkserver")
+    answer, connection = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(connection, code, *map(str, arguments)))
+    process.start()
+    connection.close()  # so that the end of the process is the end of the pipe
+    try:
+        if not answer.poll(300):
+            raise TimeoutError("no end after 300 seconds")
+        return answer.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _answer(connection: Connection, code: str, *arguments: str) -> None:
+    """Do in the new process what in_new_process is for."""
+    status, printed, errors = 0, io.StringIO(), io.StringIO()
+    torch.set_num_threads(1)
+    install()
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            exec(compile(code, "code", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            status = 1
+            traceback.print_exc()
+    connection.send((status, printed.getvalue(), errors.getvalue()))

@@ -1,12 +1,12 @@
 """`benchmark.py --check`: all is well on a CPU and on a pretended GPU, and what is not is named."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import pretend
 import pytest
 import torch
-from conftest import ROOT, write_video
+from conftest import write_video
 
 import batches
 import benchmark
@@ -59,29 +59,22 @@ def test_all_is_well_on_a_cpu(call):
 
 
 PRETENDED = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import pretend
-pretend.install()
 import batches, benchmark, check, test_check, utils
 batches.EPOCH_STEPS = 1
 check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
-if __name__ == "__main__":
-    utils.run_script(benchmark.main)
+utils.run_script(benchmark.main)
 """
 
 
-def test_all_is_well_on_a_pretended_gpu(tmp_path):
+def test_all_is_well_on_a_pretended_gpu():
     """It has no other process: torchrun's would not know the device."""
-    script = tmp_path / "pretended.py"
-    script.write_text(PRETENDED.format(root=str(ROOT)))
-    command = [sys.executable, script, "--check", "--device", "pretend"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "two processes: left out: there is one pretend device\n" in done.stdout
-    assert "labels in float32: well: 0 of " in done.stdout
-    assert done.stdout.count(": well: ") + done.stdout.count(": left out: ") == len(check.CHECKS)
-    assert done.stdout.endswith("\nall well\n")
+    command = ("--check", "--device", "pretend")
+    status, printed, errors = pretend.in_new_process(PRETENDED, *command)
+    assert status == 0, printed + errors[-3000:]
+    assert "two processes: left out: there is one pretend device\n" in printed
+    assert "labels in float32: well: 0 of " in printed
+    assert printed.count(": well: ") + printed.count(": left out: ") == len(check.CHECKS)
+    assert printed.endswith("\nall well\n")
 
 
 @pytest.mark.usefixtures("short")

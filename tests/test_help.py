@@ -9,12 +9,13 @@ import benchmark
 import dataset
 import evaluate
 import infer
+import preview
 import render
 import train
 from utils import VERSION
 
 
-@pytest.mark.parametrize("script", [train, infer, evaluate, render, benchmark, dataset])
+@pytest.mark.parametrize("script", [train, infer, evaluate, render, preview, benchmark, dataset])
 def test_help_has_the_version_and_the_default_of_every_option(script, call, monkeypatch):
     status, said, _ = call(script, "--version")
     assert (status, said) == (0, f"clevr-unet {VERSION}\n")

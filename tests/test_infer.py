@@ -13,6 +13,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from conftest import ROOT, torchrun
@@ -51,15 +52,6 @@ def random_network(**config):
         torch.nn.init.normal_(head.weight, std=0.5)
         torch.nn.init.normal_(head.bias, std=0.5)
     return network
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny layers gain nothing from threads, which stall where other programs run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +118,7 @@ def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network
     (data / "a/video_2/mask.npy").write_bytes(b"labels are not even read")
     done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out", "--scale", 1)
     assert done.returncode == 0, done.stderr
-    assert "4 videos, 38 frames in " in done.stdout.splitlines()[-1]
+    assert "4 videos, 38 frames in " in done.stdout.splitlines()[-2]
     (data / "a/video_2/mask.npy").unlink()
     found = masks_below(tmp_path / "out")
     videos = "a/video_2", "a/video_10", "b/video_00001", "c/other"
@@ -384,19 +376,18 @@ def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, network,
     assert_labels_of(alone, data / "a/video_10", network)
 
 
-@pytest.mark.parametrize("processes", [2, 5])
-def test_processes_share_out_the_videos(run, tmp_path, data, ckpt, processes):
+def test_processes_share_out_the_videos(run, tmp_path, data, ckpt):
     """Each video is done once, to the same labels, though they do not divide evenly.
 
     What is done to frames of another size is said once, though the first process has none.
     """
     write_video(data / "b/video_00002", 3, size=(64, 96))
     arguments = ["--ckpt", ckpt]
-    launcher, options = torchrun(processes), ["--device", "cpu", "--workers", "0"]
+    launcher, options = torchrun(5), ["--device", "cpu", "--workers", "0"]
     out = "--out", tmp_path / "many"
     done = run_alone("infer.py", *arguments, *options, *out, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 videos, 39 frames in " in done.stdout.splitlines()[-1]
+    assert "4 videos, 39 frames in " in done.stdout.splitlines()[-2]
     status, said, _ = run(*arguments, "--out", tmp_path / "one")
     assert status == 0
     for text in (done.stdout, said):
@@ -407,13 +398,13 @@ def test_processes_share_out_the_videos(run, tmp_path, data, ckpt, processes):
 
 
 def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
-    """Two of three processes would have nothing to do if what is done were shared out too."""
+    """A video for two processes, of which one has nothing to do."""
     arguments = ("--ckpt", ckpt, "--out", tmp_path / "out")
     assert run(*arguments)[0] == 0
     expected = masks_below(tmp_path / "out")
     (tmp_path / "out/a/video_10/mask.npy").unlink()
     options = ("--device", "cpu", "--workers", "0", "--resume")
-    done = run_alone("infer.py", *arguments, *options, launcher=torchrun(3))
+    done = run_alone("infer.py", *arguments, *options, launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 of 3 videos have their masks already") == 1
     assert "1 videos, 11 frames in " in done.stdout
@@ -422,19 +413,16 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
 
 
 PRETEND = """
-import sys, json, numpy, torch
-sys.path[:0] = sys.argv[1:3]
-import pretend
-pretend.install()
-import infer
+import sys, json, torch
+import infer, pretend
 from model import UNet
 from videos import find_videos, read_video
-frames = read_video(find_videos(sys.argv[4])[0])
+frames = read_video(find_videos(sys.argv[2])[0])
 labels, device = [], torch.device("pretend")
 for precision in (False, True):
     infer.has_bfloat16 = lambda device: precision
     for where in (torch.device("cpu"), device):
-        model = infer.make_ready(UNet.load(sys.argv[3]), where, 8, False)
+        model = infer.make_ready(UNet.load(sys.argv[1]), where, 8, False)
         pretend.reset()
         (tracks,) = infer.label(model, [frames], where, 22, True)
         labels.append(tracks.labels)
@@ -448,11 +436,10 @@ def test_a_video_on_a_pretended_gpu_waits_once_and_for_its_own_labels(tmp_path):
     """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
     frames, _ = render_video(5, (4, 6), num_frames=8)
     write_frames(tmp_path / "video_0", frames)
-    (tmp_path / "pretended.py").write_text(PRETEND)
-    paths = (ROOT, ROOT / "tests", ROOT / "weights/clevr_unet.pt", tmp_path)
-    done = run_alone(tmp_path / "pretended.py", *paths)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels, waits, copies = json.loads(done.stdout.splitlines()[-1])
+    paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
+    status, printed, errors = pretend.in_new_process(PRETEND, *paths)
+    assert status == 0, errors[-3000:]
+    kernels, waits, copies = json.loads(printed.splitlines()[-1])
     assert kernels <= 100
     assert waits == {"synchronize": 1}
     assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 2}

@@ -1,22 +1,21 @@
 """Training and validation on a pretended GPU: the CPU's figures, few launches, no waiting.
 
-Every test runs a script of its own in a subprocess, since the device stays for good.
+Every test has a process of its own, since the device stays for good.
 """
 
 import json
-from pathlib import Path
 
+import pretend
 import pytest
 import torch
-from conftest import ROOT, run
 from test_train import write_videos
 
-HEADER = f"""
-import json, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, pretend
-pretend.install()
-import augment, model, optim, train, utils
+import batches
+import train
+
+HEADER = """
+import json, os, sys, torch
+import augment, batches, model, optim, pretend, train, utils
 from collections import Counter
 
 CPU, DEVICE = torch.device("cpu"), torch.device("pretend", 0)
@@ -45,13 +44,11 @@ def validate(run, device, batches=1):
 """
 
 
-def on_device(tmp_path: Path, code: str, *arguments: str) -> dict:
+def on_device(code: str, *arguments: str) -> dict:
     """Run code after HEADER; return what it prints in its last line, as JSON."""
-    script = tmp_path / "script.py"
-    script.write_text(HEADER + code)
-    result = run(script, *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    status, printed, errors = pretend.in_new_process(HEADER + code, *arguments)
+    assert status == 0, errors[-3000:]
+    return json.loads(printed.splitlines()[-1])
 
 
 COMPARE = """
@@ -78,9 +75,9 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16", 3e-3)])
-def test_it_trains_validates_and_augments_as_the_cpu(tmp_path, precision, tolerance):
+def test_it_trains_validates_and_augments_as_the_cpu(precision, tolerance):
     """Not bit by bit: its matrices share one stack, its means are pooled; both add up otherwise."""
-    found = on_device(tmp_path, COMPARE, precision)
+    found = on_device(COMPARE, precision)
     assert found["augmented alike"]
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=tolerance)
     assert found["val_loss"][1] == pytest.approx(found["val_loss"][0], rel=tolerance)
@@ -107,9 +104,9 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("precision", "step", "validation"), [("fp32", 403, 136), ("bf16", 476, 136)]
 )
-def test_launches_and_waits_are_no_more_than_they_were(tmp_path, precision, step, validation):
+def test_launches_and_waits_are_no_more_than_they_were(precision, step, validation):
     """What waits is the end of an epoch, for its loss, and of validation, for its figures."""
-    found = on_device(tmp_path, COUNT, precision)
+    found = on_device(COUNT, precision)
     assert found["train"][0] <= step
     assert found["train"][1] == {"blocking copy to the CPU": 1}
     assert found["two"][0] - found["one"][0] <= validation, "a batch: casts and fuses are done once"
@@ -145,8 +142,8 @@ print(json.dumps({
 """
 
 
-def test_the_device_refuses_counts_and_is_late(tmp_path):
-    found = on_device(tmp_path, DEVICE_ITSELF)
+def test_the_device_refuses_counts_and_is_late():
+    found = on_device(DEVICE_ITSELF)
     assert found["refused"] == [True] * 6
     assert found["free"] == {}
     assert found["waits"] == {
@@ -182,29 +179,31 @@ except RuntimeError as error:  # where PyTorch looks itself, the words are its o
 
 
 @pytest.mark.parametrize("fault", ["batch", "table", "weight", "velocity"])
-def test_what_was_forgotten_on_the_cpu_is_found(tmp_path, fault):
-    assert on_device(tmp_path, FORGET, fault)["error"]
+def test_what_was_forgotten_on_the_cpu_is_found(fault):
+    assert on_device(FORGET, fault)["error"]
 
 
 SCRIPT = """
-import batches
 batches.EPOCH_STEPS = 1
 sys.argv[0] = "train.py"
 utils.run_script(train.main)
 """
 
 
-def test_a_run_of_the_script_leaves_checkpoints_that_any_machine_loads(tmp_path):
+def test_a_run_of_the_script_leaves_checkpoints_that_any_machine_loads(tmp_path, monkeypatch, call):
     """And goes on from its own, in a later epoch, and from a CPU's."""
     write_videos(tmp_path / "videos", count=3, frames=4)
-    (tmp_path / "script.py").write_text(HEADER + SCRIPT)
-    command = ["--data", "videos", "--batch-size", 4, "--widths", 8, 12, "--workers", 0]
-    for epochs, script in ((1, tmp_path / "script.py"), (2, ROOT / "train.py"), (3, "script.py")):
-        script = tmp_path / script
-        result = run(script, *command, "--num-epochs", epochs, "--resume", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-3000:]
-        on = "cpu" if script.name == "train.py" else "pretend:0"
-        assert f"device: {on} " in result.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batches, "EPOCH_STEPS", 1)
+    command = ["--data", "videos", "--batch-size", 4, "--widths", 8, 12, "--workers", 0, "--resume"]
+    for epochs, device in ((1, "pretend:0"), (2, "cpu"), (3, "pretend:0")):
+        arguments = (*command, "--num-epochs", epochs)
+        if device == "cpu":
+            status, printed, errors = call(train, *arguments)
+        else:
+            status, printed, errors = pretend.in_new_process(HEADER + SCRIPT, *arguments)
+        assert status == 0, errors[-3000:]
+        assert f"device: {device} " in printed
         file = tmp_path / "checkpoints" / "Unet_checkpoint_last.pt"
         checkpoint = torch.load(file, weights_only=True)  # no map_location
         tensors = [*checkpoint["model"].values(), *checkpoint["training"]["model"].values()]
@@ -213,11 +212,11 @@ def test_a_run_of_the_script_leaves_checkpoints_that_any_machine_loads(tmp_path)
         assert checkpoint["epoch"] == epochs
 
 
-def test_processes_beyond_the_gpus_of_a_machine_get_a_sentence(tmp_path, monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    (tmp_path / "script.py").write_text(HEADER + SCRIPT)
-    result = run(tmp_path / "script.py", "--data", "nowhere")
-    assert result.returncode == 2
-    assert "--nproc-per-node=1" in result.stderr
-    assert "Traceback" not in result.stderr
+RANK = "os.environ |= dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1')"
+
+
+def test_processes_beyond_the_gpus_of_a_machine_get_a_sentence():
+    status, _, errors = pretend.in_new_process(HEADER + RANK + SCRIPT, "--data", "nowhere")
+    assert status == 2
+    assert "--nproc-per-node=1" in errors
+    assert "Traceback" not in errors

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from PIL import Image
 
 import render
 import scene
+import train
 from classes import class_id
 from utils import UserError, atomic_write, run_script
 
@@ -210,16 +210,14 @@ def test_record_of_other_facts_is_one_sentence(text, started):
         render.render_dataset(started, 1, progress=False)
 
 
-def test_train_does_not_fill_up_a_demo_of_other_settings(started, tmp_path):
+def test_train_does_not_fill_up_a_demo_of_other_settings(started, tmp_path, monkeypatch, call):
     """What `python train.py` said to someone who had rendered two videos into data/demo."""
     before = held(started)
-    script = Path(render.__file__).with_name("train.py")
-    result = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "data/demo is for videos rendered with other settings (objects" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    status, _, error = call(train)
+    assert status == 2
+    assert len(error.strip().splitlines()) == 1
+    assert "data/demo is for videos rendered with other settings (objects" in error
     assert held(started) == before
 
 

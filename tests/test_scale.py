@@ -5,10 +5,10 @@ import json
 import re
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from conftest import ROOT, write_video
-from conftest import run as run_alone
 from PIL import Image
 
 import infer
@@ -198,18 +198,15 @@ def test_a_scale_that_is_none_is_refused(run, tmp_path, value):
 
 PRETEND = """
 import sys, json, torch
-sys.path[:0] = sys.argv[1:3]
-import pretend
-pretend.install()
-import infer
+import infer, pretend
 from model import UNet
 from scale import Scale
 from videos import find_videos, read_video
 infer.has_bfloat16 = lambda device: False
-frames = read_video(find_videos(sys.argv[4])[0])
+frames = read_video(find_videos(sys.argv[2])[0])
 labels = []
 for where in (torch.device("cpu"), torch.device("pretend")):
-    model = infer.make_ready(UNet.load(sys.argv[3]), where, 8, False)
+    model = infer.make_ready(UNet.load(sys.argv[1]), where, 8, False)
     pretend.reset()
     labels.append(infer.label(model, [frames], where, 22, True, Scale())[0].labels)
 assert labels[0].any() and torch.equal(*labels)
@@ -220,10 +217,9 @@ print(json.dumps([sum(kernels.values()), waits, copies]))
 
 def test_scaling_on_a_pretended_gpu_waits_once(tmp_path, frames):
     write_video(tmp_path / "video_0", enlarged(frames, 2))
-    (tmp_path / "pretended.py").write_text(PRETEND)
-    done = run_alone(tmp_path / "pretended.py", ROOT, ROOT / "tests", WEIGHTS, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels, waits, copies = json.loads(done.stdout.splitlines()[-1])
+    status, printed, errors = pretend.in_new_process(PRETEND, WEIGHTS, tmp_path)
+    assert status == 0, errors[-3000:]
+    kernels, waits, copies = json.loads(printed.splitlines()[-1])
     assert kernels <= 260
     assert waits == {"synchronize": 1}
     assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 3}

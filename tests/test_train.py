@@ -20,6 +20,8 @@ from conftest import ROOT, run, torchrun, write_video
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import evaluate
+import infer
 import log
 import runs
 import train
@@ -32,10 +34,12 @@ from model import UNet
 from optim import learning_rate_at, settle_statistics
 from pictures import draw_labels
 from render import render_video
-from runs import LAST, Run
+from runs import LAST, Keeper, Run
 from utils import Processes
 
+HEIGHT, WIDTH = 64, 96
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
+OWN = {**os.environ, "PYTHONPATH": str(ROOT)}  # environment of scripts that are not the project's
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +52,8 @@ def same(a: dict, b: dict) -> bool:
 
 def write_videos(path: Path, count: int, frames: int, seed: int = 5) -> None:
     for k in range(count):
-        write_video(path / f"video_{k}", *render_video([seed, k], (4, 6), num_frames=frames))
+        video = render_video([seed, k], (4, 6), num_frames=frames, height=HEIGHT, width=WIDTH)
+        write_video(path / f"video_{k}", *video)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert names == {f"Unet_checkpoint_{n}.pt" for n in ("epoch_5", "epoch_6", "last", "best")}
     checkpoint = torch.load(finished / "Unet_checkpoint_epoch_5.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["data"]) == (5, str(videos))
-    assert checkpoint["frame_size"] == [160, 240]
+    assert checkpoint["frame_size"] == [HEIGHT, WIDTH]
     UNet(**checkpoint["model_config"]).load_state_dict(checkpoint["model"])
     with (finished / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -96,12 +101,12 @@ def test_tensorboard_has_the_classes_that_are_there_and_frames_beside_their_labe
     picture = events.Images("frames, truth, prediction")[-1]
     assert picture.step == 6
     pixels = np.array(PIL.Image.open(io.BytesIO(picture.encoded_image_string)))
-    assert pixels.shape == (3 * 160, 3 * 240, 3)
+    assert pixels.shape == (3 * HEIGHT, 3 * WIDTH, 3)
     frame, truth = data[len(data) // 2]
-    assert np.array_equal(pixels[:160, 240:480], frame.permute(1, 2, 0))
-    assert np.array_equal(pixels[160:320, 240:480], draw_labels(truth))
+    assert np.array_equal(pixels[:HEIGHT, WIDTH : 2 * WIDTH], frame.permute(1, 2, 0))
+    assert np.array_equal(pixels[HEIGHT : 2 * HEIGHT, WIDTH : 2 * WIDTH], draw_labels(truth))
     labels = UNet.load(finished / "Unet_checkpoint_epoch_6.pt").predict(frame[None])[0]
-    assert (pixels[320:, 240:480] == draw_labels(labels)).mean() > 0.99
+    assert (pixels[2 * HEIGHT :, WIDTH : 2 * WIDTH] == draw_labels(labels)).mean() > 0.99
 
 
 def test_a_run_that_is_done_says_what_to_do_next(finished, videos, tmp_path, call, monkeypatch):
@@ -121,7 +126,7 @@ def figures(out: Path) -> list[dict[str, str]]:
         return [row | {"frames_per_s": ""} for row in csv.DictReader(file)]
 
 
-def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, videos, tmp_path):
+def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, videos, tmp_path, call):
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, "--resume", *TINY]
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(
@@ -137,11 +142,38 @@ def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, video
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
         assert process.returncode in {-signal.SIGKILL, 143, 0}, said
-    result = run("train.py", *command)
-    assert result.returncode == 0, result.stderr
+    status, _, said = call(train, *command)
+    assert status == 0, said
     for name in ("epoch_6", "best", "last"):
         path = f"Unet_checkpoint_{name}.pt"
         assert same(weights(finished / path), weights(tmp_path / path)), name
+    assert figures(finished) == figures(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 32), (signal.SIGINT, 48)])
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(
+    finished, videos, tmp_path, monkeypatch, call, number, step
+):
+    """Of 6 epochs of 4 passes of 6 steps: in the second pass of the second, and at its end."""
+    attend = Keeper.attend
+
+    def stopping(keeper: Keeper) -> None:
+        if keeper.run.step == step:
+            os.kill(os.getpid(), number)
+        attend(keeper)
+
+    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "attend", stopping)
+        status, _, said = call(train, *command)
+    assert status == 128 + number
+    line = said.splitlines()[-1]
+    assert line.startswith(f"stopped after step {step - 24} of epoch 2, all is saved; go on with:")
+    assert line.endswith("--resume")
+    checkpoint = load_checkpoint(tmp_path / LAST)
+    assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
+    assert f"going on after epoch 1 and step {step - 24}" in call(train, *command, "--resume")[1]
+    assert same(weights(finished / LAST), weights(tmp_path / LAST))
     assert figures(finished) == figures(tmp_path)
 
 
@@ -162,60 +194,42 @@ train.run_script(train.main)
 """
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 32), (signal.SIGINT, 48)])
-def test_a_signal_stops_after_the_step_and_nothing_is_lost(
-    finished, videos, tmp_path, number, step
-):
-    """Of 6 epochs of 4 passes of 6 steps: in the second pass of the second, and at its end."""
+def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos, tmp_path, call):
     (tmp_path / "stop.py").write_text(STOP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
-    result = run(tmp_path / "stop.py", f"{number},{step},0", *command, env=environment)
-    assert result.returncode == 128 + number
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"stopped after step {step - 24} of epoch 2, all is saved; go on with:")
-    assert line.endswith("--resume")
-    checkpoint = load_checkpoint(tmp_path / "Unet_checkpoint_last.pt")
-    assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
-    result = run("train.py", *command, "--resume")
-    assert f"going on after epoch 1 and step {step - 24}" in result.stdout
-    assert same(weights(finished / LAST), weights(tmp_path / LAST))
-    assert figures(finished) == figures(tmp_path)
-
-
-def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos, tmp_path):
-    (tmp_path / "stop.py").write_text(STOP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
     arguments = (f"{signal.SIGKILL:d},34,0", *command)
-    assert run(tmp_path / "stop.py", *arguments, env=environment).returncode == -signal.SIGKILL
-    result = run("train.py", *command, "--resume")
-    assert "going on after epoch 1 and step 9" in result.stdout
+    assert run(tmp_path / "stop.py", *arguments, env=OWN).returncode == -signal.SIGKILL
+    assert "going on after epoch 1 and step 9" in call(train, *command, "--resume")[1]
     assert same(weights(finished / LAST), weights(tmp_path / LAST))
     assert figures(finished) == figures(tmp_path)
 
 
-def test_processes_stop_after_the_same_step_and_another_number_goes_on(videos, tmp_path):
-    """One of three gets the signal in step 32; they ask each other after steps 30 and 35."""
+def test_processes_stop_after_the_same_step_and_other_numbers_go_on(videos, tmp_path, call):
+    """One of three gets the signal in step 26; they ask each other after steps 25 and 30.
+
+    Batches of 7 frames, of which they have 3, 2 and 2; 21 steps are an epoch.
+    """
     (tmp_path / "stop.py").write_text(STOP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
-    arguments = (f"{signal.SIGTERM:d},32,2", *command)
-    result = run(tmp_path / "stop.py", *arguments, launcher=torchrun(3), env=environment)
+    command = ["--data", videos, "--out", tmp_path, *TINY, "--batch-size", 7, "--num-epochs"]
+    arguments = (f"{signal.SIGTERM:d},26,2", *command, 2)
+    result = run(tmp_path / "stop.py", *arguments, launcher=torchrun(3), env=OWN)
     assert result.returncode != 0
-    assert "stopped after step 11 of epoch 2, all is saved" in result.stderr
+    assert "stopped after step 9 of epoch 2, all is saved" in result.stderr
     state = load_checkpoint(tmp_path / LAST)["training"]
-    assert (state["frames"], state["loss"][1]) == (44, 11)
-    result = run("train.py", *command, "--resume", launcher=torchrun(2), env=environment)
+    assert (state["frames"], state["loss"][1]) == (63, 9)
+    result = run("train.py", *command, 2, "--resume", launcher=torchrun(2))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on after epoch 1 and step 11" in result.stdout
-    assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2"]
+    assert "going on after epoch 1 and step 9" in result.stdout
+    status, said, _ = call(train, *command, 3, "--resume")
+    assert status == 0
+    assert "going on after epoch 2\n" in said
+    assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2", "3"]
 
 
 ALONE = """
 import os, signal, sys, train, utils
 train.Keeper.attend = lambda keeper: (
-    end() if keeper.run.step == 27 and keeper.processes.rank == 1 else None
+    end() if keeper.run.step == 147 and keeper.processes.rank == 1 else None
 )
 
 def end():
@@ -227,19 +241,21 @@ train.run_script(train.main)
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "fails"])
-def test_processes_that_one_leaves_alone_end_with_a_sentence(videos, tmp_path, how):
-    """In the second epoch; what the first one saved is whole."""
+@pytest.mark.parametrize(("how", "count"), [("killed", 3), ("fails", 2)])
+def test_processes_that_one_leaves_alone_end_with_a_sentence(
+    finished, videos, tmp_path, how, count
+):
+    """In the epoch after those that one process trained; what that saved stays whole."""
     (tmp_path / "alone.py").write_text(ALONE.replace("HOW", repr(how)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 2, *TINY]
-    options = {"launcher": torchrun(3), "env": environment, "timeout": 60}
-    result = run(tmp_path / "alone.py", *command, **options)
+    shutil.copytree(finished, tmp_path / "out")
+    command = ["--data", videos, "--out", tmp_path / "out", "--num-epochs", 7, "--resume", *TINY]
+    result = run(tmp_path / "alone.py", *command, launcher=torchrun(count), env=OWN, timeout=60)
     assert result.returncode == 1
+    assert "going on after epoch 6\n" in result.stdout
     assert "another process of this run has ended" in result.stderr
     assert ("something is wrong with process 1" in result.stderr) == (how == "fails")
     assert "[rank" not in result.stderr, "a traceback of one of them"
-    assert load_checkpoint(tmp_path / LAST)["epoch"] == 1
+    assert load_checkpoint(tmp_path / "out" / LAST)["epoch"] == 6
 
 
 def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path):
@@ -247,41 +263,39 @@ def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path
     script = "import os, sys, train\nsys.argv[2] += os.environ['RANK']\n"
     (tmp_path / "apart.py").write_text(script + "train.run_script(train.main)\n")
     (tmp_path / "out0").symlink_to(finished)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = ("--out", tmp_path / "out", "--data", videos, "--num-epochs", 7, "--resume", *TINY)
-    result = run(tmp_path / "apart.py", *arguments, launcher=torchrun(2), env=environment)
+    result = run(tmp_path / "apart.py", *arguments, launcher=torchrun(2), env=OWN)
     assert result.returncode != 0
     assert (
         "go on after other steps (144, 0): give an --out that all machines share" in result.stderr
     )
 
 
-def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path):
+def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path, call):
     checkpoint = load_checkpoint(finished / LAST)
     for name in ("frames", "loss"):
         checkpoint["training"].pop(name)
     save_checkpoint(tmp_path / LAST, checkpoint)
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 7, "--resume", *TINY]
-    result = run("train.py", *command)
-    assert result.returncode == 0, result.stderr
-    assert "going on after epoch 6\n" in result.stdout
+    status, said, _ = call(train, *command)
+    assert status == 0
+    assert "going on after epoch 6\n" in said
 
 
-def test_another_seed_gives_other_weights(finished, videos, tmp_path):
+def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--seed", 1, *TINY]
-    assert run("train.py", *command).returncode == 0
+    assert call(train, *command)[0] == 0
     assert not same(
         weights(finished / "Unet_checkpoint_epoch_5.pt"),
         weights(tmp_path / "Unet_checkpoint_epoch_1.pt"),
     )
 
 
-def test_init_starts_from_the_given_weights(finished, videos, tmp_path):
+def test_init_starts_from_the_given_weights(finished, videos, tmp_path, call):
     """A vanishing learning rate leaves them as they were."""
     init = finished / "Unet_checkpoint_best.pt"
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--learning-rate", 1e-12]
-    result = run("train.py", *command, "--batch-size", 4, "--init", init)
-    assert result.returncode == 0, result.stderr
+    assert call(train, *command, "--batch-size", 4, "--device", "cpu", "--init", init)[0] == 0
     before, after = weights(init), weights(tmp_path / "Unet_checkpoint_epoch_1.pt")
     key = "encoder.0.0.conv1.weight"
     torch.testing.assert_close(after[key], before[key])
@@ -319,12 +333,12 @@ def test_scripts_without_their_weights_start_from_nothing_and_say_so_once(
     assert (said in capsys.readouterr().err) == first
 
 
-def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp_path):
+def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp_path, call):
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--batch-size", 16]
-    result = run("train.py", *command, "--learning-rate", 1e-12, "--device", "cpu")
-    assert result.returncode == 0, result.stderr
-    assert "an epoch takes 20 passes over these few frames, 20 steps" in result.stdout
-    assert f"starting from the weights of {train.SHIPPED}" in result.stdout
+    status, said, _ = call(train, *command, "--learning-rate", 1e-12, "--device", "cpu")
+    assert status == 0
+    assert "an epoch takes 20 passes over these few frames, 20 steps" in said
+    assert f"starting from the weights of {train.SHIPPED}" in said
     before, after = weights(train.SHIPPED), weights(tmp_path / LAST)
     key = "encoder.1.0.conv2.weight"
     torch.testing.assert_close(after[key], before[key].float())
@@ -350,73 +364,56 @@ def test_thirty_steps_from_nothing_validate_like_their_own_weights(videos):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_overfits_one_video_through_all_scripts(tmp_path):
+def test_overfits_one_video_through_all_scripts(tmp_path, monkeypatch, call):
     """Render, train, infer, evaluate: mIoU above 0.95 on what was learned by heart."""
-    result = run("render.py", "--out", tmp_path / "one", "--videos", 1, "--seed", 3)
+    options = ("--videos", 1, "--seed", 3, "--frames", 4)
+    result = run("render.py", "--out", tmp_path / "one", *options)
     assert result.returncode == 0, result.stderr
     (tmp_path / "data").mkdir()
     for part in ("train", "val"):
         (tmp_path / "data" / part).symlink_to(tmp_path / "one")
-    train_command = ["--data", "data", "--init", "none", "--num-epochs", 7, "--batch-size", 4]
-    result = run("train.py", *train_command, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_7.pt"
-    result = run("infer.py", "--ckpt", checkpoint, "--out", "masks", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    result = run(
-        "evaluate.py", "--pred", "masks", "--data", "data", "--json", "s.json", cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    options = ("--init", "none", "--num-epochs", 6, "--batch-size", 2)
+    assert call(train, "--data", "data", *options)[0] == 0
+    checkpoint = tmp_path / "checkpoints" / "Unet_checkpoint_epoch_6.pt"
+    assert call(infer, "--ckpt", checkpoint, "--out", "masks")[0] == 0
+    assert call(evaluate, "--pred", "masks", "--data", "data", "--json", "s.json")[0] == 0
     assert json.loads((tmp_path / "s.json").read_text())["miou"] > 0.95
 
 
 VALIDATE = """
-import json, sys, torch, train
-from batches import ShardedBatches
-from classes import CLASS_NAMES
-from dataset import CLEVRDataset, split_videos
-from model import UNet
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
-from utils import Processes
-processes = Processes(torch.device("cpu"))
-data = CLEVRDataset(sys.argv[2])
-loader = DataLoader(data, batch_sampler=ShardedBatches(len(data), 31, processes, shuffle=False))
-figures = train.validate(UNet.load(sys.argv[1]), loader, processes.device, processes)
-if processes.first:
-    print(json.dumps(figures))
-if processes.count > 1:
-    torch.distributed.destroy_process_group()
+import json, os, pathlib, sys, test_train, utils
+
+def main():
+    figures = test_train.validate(*sys.argv[1:])
+    pathlib.Path(__file__).with_name(os.environ["RANK"] + ".json").write_text(json.dumps(figures))
+
+utils.run_script(main)
 """
+
+
+def validate(checkpoint: Path, videos: Path) -> dict:
+    """Return the figures of train.validate by all processes, in batches of 31 frames."""
+    data, processes = CLEVRDataset(videos), Processes(torch.device("cpu"))
+    batches = ShardedBatches(len(data), 31, processes, shuffle=False)
+    loader = DataLoader(data, batch_sampler=batches)
+    return train.validate(UNet.load(checkpoint), loader, processes.device, processes)
 
 
 def test_processes_validate_to_the_last_count_like_one(finished, videos, tmp_path):
     """32 frames in batches of 31: of the last, one frame, only the first process has a share."""
-    script = tmp_path / "validate.py"
-    script.write_text(VALIDATE)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    figures = []
-    for launcher in ((), torchrun(5)):
-        arguments = (finished / "Unet_checkpoint_best.pt", videos)
-        result = run(script, *arguments, launcher=launcher, env=environment)
-        assert result.returncode == 0, result.stderr[-3000:]
-        figures.append(json.loads(result.stdout.splitlines()[-1]))
-    one, five = figures
-    assert five.pop("val_loss") == pytest.approx(one.pop("val_loss"), rel=1e-5)
-    assert one == five
-    assert sum(one["pixels"].values()) == 32 * 160 * 240
-
-
-def test_three_processes_train_and_one_goes_on(videos, tmp_path):
-    """What three processes leave, one can resume; 8 frames end in a batch with too few for all."""
-    command = ["--data", videos, "--out", tmp_path, *TINY, "--batch-size", 7]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = run("train.py", *command, "--num-epochs", 1, launcher=torchrun(3), env=environment)
+    arguments = (finished / "Unet_checkpoint_best.pt", videos)
+    (tmp_path / "validate.py").write_text(VALIDATE)
+    environment = {**OWN, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    result = run(tmp_path / "validate.py", *arguments, launcher=torchrun(5), env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    result = run("train.py", *command, "--num-epochs", 2, "--resume")
-    assert result.returncode == 0, result.stderr
-    with (tmp_path / "log.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    one = validate(*arguments)
+    assert sum(one["pixels"].values()) == 32 * HEIGHT * WIDTH
+    val_loss = pytest.approx(one.pop("val_loss"), rel=1e-5)
+    for rank in range(5):
+        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert figures.pop("val_loss") == val_loss
+        assert figures == one
 
 
 def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
@@ -440,16 +437,6 @@ def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
     assert (tmp_path / "log.csv").read_text() == before
 
 
-def test_the_default_data_is_known_by_what_made_it(tmp_path):
-    """A folder of that name with other videos is neither trained on nor filled up."""
-    result = run("render.py", "--out", "data/demo", "--videos", 1, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    result = run("train.py", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "data/demo" in result.stderr
-    assert [path.name for path in (tmp_path / "data/demo").glob("video_*")] == ["video_0"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
@@ -461,11 +448,12 @@ def test_the_default_data_is_known_by_what_made_it(tmp_path):
         (["--data", "pair", "--init", "absent.pt"], "absent.pt"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(arguments, needle, tmp_path):
+def test_bad_input_is_one_sentence_and_status_2(arguments, needle, tmp_path, monkeypatch, call):
     (tmp_path / "empty").mkdir()
     write_videos(tmp_path / "single", count=1, frames=1)
     write_videos(tmp_path / "pair", count=2, frames=1)
-    result = run("train.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert needle in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    status, _, error = call(train, *arguments)
+    assert status == 2
+    assert needle in error
+    assert "Traceback" not in error
