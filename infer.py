@@ -22,7 +22,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from dataset import CLEVRDataset
 from model import UNet, for_labelling
 from objects import TABLE, Row, Tracks, follow, table
 from parts import gather, occupied
-from records import RECORD, frames_of, maker, unfinished, write_record
+from records import RECORD, maker, makers, unfinished, write_record
 from scale import AS_THEY_ARE, FRAME_SIZE, Scale, factor, fill, learned_size, outline, resize
 from utils import (
     Processes,
@@ -183,20 +183,19 @@ def label_videos(
     consistency: bool = True,
     with_table: bool = False,
     scale: Scale = AS_THEY_ARE,
-    made_by: dict[str, Any] | None = None,
+    made_by: Mapping[Path, dict[str, Any]] | None = None,
     tell: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int, list[str]]:
     """Write a mask, and maybe a table of objects, for each video in `targets` that has no fault.
 
-    Tells once of each size of frames that is not seen as it is what is done to it. `made_by`, as of
-    `records.maker`, is written beside each mask with what its frames were before they were read.
+    Tells once of each size of frames that is not seen as it is what is done to it. Of each video
+    what makes its mask, as of `records.makers`, is written beside that.
 
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
     """
     if not targets:
         return 0, 0, []
-    makers = {v: {**made_by, "frames": frames_of(v)} for v in targets} if made_by else {}
     dataset = CLEVRDataset(list(targets), labelled=False)
     videos = WholeVideos(dataset)
     batches, read = list(fill_batches(np.bincount(dataset.index[:, 0]), batch_size)), videos.read
@@ -215,7 +214,7 @@ def label_videos(
             found = label(model, frames, device, batch_size, consistency, scale)
             for v, tracks in zip(numbers, found, strict=True):
                 video = dataset.videos[v]
-                save(targets[video], tracks, with_table, makers.get(video))
+                save(targets[video], tracks, with_table, made_by and made_by[video])
         faults = [fault for *_, fault in items if fault]
         return len(whole), sum(len(f) for _, f in whole), faults, notes
 
@@ -230,10 +229,9 @@ def label_videos(
                 done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
                 for fault in new_faults:
                     tqdm.write(f"skipped: {fault}", file=sys.stderr)
-                for note in notes:
-                    if note not in told:
-                        tell(note)
+                for note in (note for note in notes if note not in told):
                     told.add(note)
+                    tell(note)
     finally:
         torch.set_num_threads(threads)
     return done, frames, faults
@@ -272,7 +270,7 @@ def main() -> int:
         if processes.first:
             tqdm.write(note)
 
-    how = not args.no_consistency, args.objects, scale, made_by, tell
+    how = not args.no_consistency, args.objects, scale, makers(made_by, targets), tell
     try:
         done, frames, faults = label_videos(model, targets, device, args.batch_size, workers, *how)
     except RuntimeError as error:

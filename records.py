@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ CHANGES = {  # what differs from the record, and how that is said
 def maker(digest: str | None, **options: Any) -> dict[str, Any]:
     """Return what makes all masks of one run: the checkpoint's digest, options, version."""
     return {"checkpoint": digest, "options": options, "version": VERSION}
+
+
+def makers(made_by: Mapping[str, Any], videos: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """Return what makes the mask of each video: `made_by`, and its frames as they are now."""
+    return {video: {**made_by, "frames": frames_of(video)} for video in videos}
 
 
 def frames_of(video: Path) -> list[list[str | int]]:
@@ -68,8 +73,9 @@ def unfinished(
     What a killed run has left half-written beside them is deleted.
     """
     rest, reasons = {}, Counter()
-    for video, target in targets.items():
-        reason = why_again(target, {**made_by, "frames": frames_of(video)}, with_table)
+    for video, all_of_it in makers(made_by, targets).items():
+        target = targets[video]
+        reason = why_again(target, all_of_it, with_table)
         if reason is None:
             continue
         rest[video] = target
