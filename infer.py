@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_for
+from batches import WholeVideos, choose_workers, fill_batches, in_lanes, threads_shared
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from model import UNet, for_labelling
@@ -218,22 +218,18 @@ def label_videos(
         faults = [fault for *_, fault in items if fault]
         return len(whole), sum(len(f) for _, f in whole), faults, notes
 
-    threads = torch.get_num_threads()
-    lanes, share = lanes_for(device, threads)
-    torch.set_num_threads(share)  # of this thread and of those to come
     done, frames, faults, told = 0, 0, [], {""}
-    try:
-        with tqdm(total=len(dataset), unit="frame", disable=None) as progress:  # none in a log file
-            for videos_done, frames_done, new_faults, notes in in_lanes(job, batches, lanes):
-                progress.update(frames_done)
-                done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
-                for fault in new_faults:
-                    tqdm.write(f"skipped: {fault}", file=sys.stderr)
-                for note in (note for note in notes if note not in told):
-                    told.add(note)
+    bar = tqdm(total=len(dataset), unit="frame", disable=None)  # none in a log file
+    with threads_shared(device) as lanes, bar as progress:
+        for videos_done, frames_done, new_faults, notes in in_lanes(job, batches, lanes):
+            progress.update(frames_done)
+            done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
+            for fault in new_faults:
+                tqdm.write(f"skipped: {fault}", file=sys.stderr)
+            for note in notes:
+                if note not in told:
                     tell(note)
-    finally:
-        torch.set_num_threads(threads)
+                told.add(note)
     return done, frames, faults
 
 
@@ -302,10 +298,8 @@ def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: boo
     model = for_labelling(model, device)
     if compiled:
         size = (batch_size, 3, *FRAME_SIZE)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(lanes_for(device, threads)[1])  # for another number it is made anew
-        compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
-        torch.set_num_threads(threads)
+        with threads_shared(device):  # for another number of threads it would be made anew
+            compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
     return model
 
 

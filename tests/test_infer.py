@@ -476,7 +476,7 @@ def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
     ],
 )
 def test_no_core_is_idle_and_apple_has_one_lane(device, threads, lanes):
-    assert infer.lanes_for(torch.device(device), threads) == lanes
+    assert batches.lanes_for(torch.device(device), threads) == lanes
 
 
 @pytest.mark.filterwarnings("error:.*fork.*")  # of a process with threads
