@@ -1,5 +1,6 @@
 """Batches: which frames or whole videos come together, who takes them, and who reads them ahead."""
 
+import contextlib
 import math
 import multiprocessing
 import shutil
@@ -188,6 +189,18 @@ def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
         share = math.ceil(threads / MAX_LANES)
         return threads // share + 1, share
     return (1 if device.type == "mps" else GPU_LANES), 1  # Apple's bears one thread
+
+
+@contextlib.contextmanager
+def threads_shared(device: torch.device) -> Iterator[int]:
+    """Give each of the lanes its share of this process's threads; yields how many they are."""
+    threads = torch.get_num_threads()
+    lanes, share = lanes_for(device, threads)
+    torch.set_num_threads(share)  # of this thread and of those to come
+    try:
+        yield lanes
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_workers(

@@ -1,5 +1,11 @@
-"""Checkpoints: dicts of plain types and tensors, written whole or not at all."""
+"""Checkpoints: dicts of plain types and tensors, written whole or not at all.
 
+Each carries a digest of all that it holds: a file of which one bit has turned is still a zip with
+tensors of the right shapes, and PyTorch reads it.
+"""
+
+import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +14,17 @@ import torch
 from utils import VERSION, UserError, atomic_write
 
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of plain types and tensors that `torch.load(weights_only=True)` reads.
 
     Its tensors lie on the CPU, so that it loads where there is no GPU. Its `version` is that of
-    the project that wrote it, for people to read.
+    the project that wrote it, for people to read, its `digest` that of all the rest.
     """
     checkpoint = _on_cpu({**checkpoint, "format": CHECKPOINT_FORMAT, "version": VERSION})
+    checkpoint["digest"] = digest(checkpoint)
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
@@ -30,13 +38,39 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
+def digest(checkpoint: dict[str, Any]) -> str:
+    """Return the SHA-256 of a dict of plain types and tensors on the CPU, but for its `digest`."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, dict):
+            sha.update(b"dict")
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            sha.update(b"list")
+            for item in value:
+                feed(item)
+        elif isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha.update(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+        else:
+            sha.update(repr(value).encode())
+        sha.update(b"\n")
+
+    feed({key: value for key, value in checkpoint.items() if key != "digest"})
+    return sha.hexdigest()
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Returns:
-        The dict given to `save_checkpoint`, with its `format` and `version` (0.9.0 is the first
-        that is written there); a bare state_dict comes back as
-        `{"model": state_dict, "model_config": {}}`, a UNet built with defaults.
+        The dict given to `save_checkpoint`, with its `format`, `version` (0.9.0 is the first that
+        is written there) and `digest`; a bare state_dict comes back as `{"model": state_dict,
+        "model_config": {}, "digest": ...}`, a UNet built with defaults. Where no digest was
+        written, a warning says so.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another version's format.
@@ -56,7 +90,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
     if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return {"model": checkpoint, "model_config": {}}
+        checkpoint = {"model": checkpoint, "model_config": {}}
     has_model = isinstance(checkpoint.get("model"), dict)
     if not has_model or not isinstance(checkpoint.get("model_config"), dict):
         raise UserError(f"{path} holds no model: give a file that train.py wrote")
@@ -64,4 +98,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if found != CHECKPOINT_FORMAT:
         age, cure = ("newer", "update it") if found > CHECKPOINT_FORMAT else ("older", "train anew")
         raise UserError(f"{path} was written by an {age} version of this project: {cure}")
-    return checkpoint
+    true = digest(checkpoint)
+    if "digest" not in checkpoint:
+        logger.warning("%s has no digest of its own: whether it is undamaged is not known", path)
+    elif checkpoint["digest"] != true:
+        raise UserError(f"{path} is damaged, what it holds is not what was saved: copy it anew")
+    return checkpoint | {"digest": true}

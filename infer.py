@@ -22,7 +22,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_for
+from batches import WholeVideos, choose_workers, fill_batches, in_lanes, threads_shared
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from model import UNet, for_labelling
 from objects import TABLE, Row, Tracks, follow, table
 from parts import gather, occupied
+from records import RECORD, maker, makers, unfinished, write_record
 from scale import AS_THEY_ARE, FRAME_SIZE, Scale, factor, fill, learned_size, outline, resize
 from utils import (
     Processes,
@@ -46,13 +47,12 @@ from utils import (
     atomic_write,
     choose_device,
     compile_network,
-    delete_scraps,
     log_header,
     make_parser,
     mixed_precision,
     run_script,
 )
-from videos import find_videos, frame_paths, holds_labels_of, read_frame
+from videos import find_videos, frame_paths, read_frame
 
 MAX_WORKERS = 16  # processes that decode for a GPU
 
@@ -85,20 +85,6 @@ def plan(data: Path, out: Path) -> dict[Path, Path]:
                 "give a folder of its own"
             )
     return targets
-
-
-def unfinished(targets: dict[Path, Path], with_table: bool) -> dict[Path, Path]:
-    """Return the targets that lack something whole; delete what a killed run left of them."""
-    rest = {
-        video: target
-        for video, target in targets.items()
-        if not holds_labels_of(target.parent, video)
-        or (with_table and not target.with_name(TABLE).is_file())
-    }
-    for target in rest.values():
-        delete_scraps(target)
-        delete_scraps(target.with_name(TABLE))
-    return rest
 
 
 @torch.inference_mode()
@@ -153,9 +139,14 @@ def label(
     return [t._replace(labels=fill(t.labels, part > 0, edges)) for t, part, edges in of_video]
 
 
-def save(target: Path, tracks: Tracks, with_table: bool) -> None:
-    """Write the labels of a video and, before them, the table of its objects if it is wanted."""
+def save(target: Path, tracks: Tracks, with_table: bool, made_by: dict | None = None) -> None:
+    """Write the labels of a video; before them the table of its objects, after them the record.
+
+    A table or a record of the mask that was there before does not outlive it.
+    """
     try:
+        for name in (RECORD, TABLE):
+            target.with_name(name).unlink(missing_ok=True)
         if with_table:
             text = io.StringIO(newline="")
             csv.writer(text).writerows([Row._fields, *table(tracks)])
@@ -163,6 +154,8 @@ def save(target: Path, tracks: Tracks, with_table: bool) -> None:
                 file.write(text.getvalue().encode())
         with atomic_write(target) as file:
             np.save(file, tracks.labels.numpy())
+        if made_by:
+            write_record(target, made_by)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): "
@@ -190,11 +183,13 @@ def label_videos(
     consistency: bool = True,
     with_table: bool = False,
     scale: Scale = AS_THEY_ARE,
+    made_by: Mapping[Path, dict[str, Any]] | None = None,
     tell: Callable[[str], None] = tqdm.write,
 ) -> tuple[int, int, list[str]]:
     """Write a mask, and maybe a table of objects, for each video in `targets` that has no fault.
 
-    Tells once of each size of frames that is not seen as it is what is done to it.
+    Tells once of each size of frames that is not seen as it is what is done to it. Of each video
+    what makes its mask, as of `records.makers`, is written beside that.
 
     Returns:
         The numbers of videos and frames labelled, and what is wrong with each other video.
@@ -218,27 +213,23 @@ def label_videos(
             notes.append(scale.describe(*size))
             found = label(model, frames, device, batch_size, consistency, scale)
             for v, tracks in zip(numbers, found, strict=True):
-                save(targets[dataset.videos[v]], tracks, with_table)
+                video = dataset.videos[v]
+                save(targets[video], tracks, with_table, made_by and made_by[video])
         faults = [fault for *_, fault in items if fault]
         return len(whole), sum(len(f) for _, f in whole), faults, notes
 
-    threads = torch.get_num_threads()
-    lanes, share = lanes_for(device, threads)
-    torch.set_num_threads(share)  # of this thread and of those to come
     done, frames, faults, told = 0, 0, [], {""}
-    try:
-        with tqdm(total=len(dataset), unit="frame", disable=None) as progress:  # none in a log file
-            for videos_done, frames_done, new_faults, notes in in_lanes(job, batches, lanes):
-                progress.update(frames_done)
-                done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
-                for fault in new_faults:
-                    tqdm.write(f"skipped: {fault}", file=sys.stderr)
-                for note in notes:
-                    if note not in told:
-                        tell(note)
-                    told.add(note)
-    finally:
-        torch.set_num_threads(threads)
+    bar = tqdm(total=len(dataset), unit="frame", disable=None)  # none in a log file
+    with threads_shared(device) as lanes, bar as progress:
+        for videos_done, frames_done, new_faults, notes in in_lanes(job, batches, lanes):
+            progress.update(frames_done)
+            done, frames, faults = done + videos_done, frames + frames_done, faults + new_faults
+            for fault in new_faults:
+                tqdm.write(f"skipped: {fault}", file=sys.stderr)
+            for note in notes:
+                if note not in told:
+                    tell(note)
+                told.add(note)
     return done, frames, faults
 
 
@@ -253,6 +244,8 @@ def main() -> int:
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     model = make_ready(model, device, args.batch_size, args.compile)
+    options = {"consistency": not args.no_consistency, "scale": args.scale}
+    made_by = maker(checkpoint.get("digest"), **options)
     targets: dict[Path, Path] = {}
     if processes.first:  # what is done is left out before the rest is shared
         data = find_data(args.data, checkpoint, args.ckpt)
@@ -260,8 +253,10 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             found = len(targets)
-            targets = unfinished(targets, args.objects)
+            targets, reasons = unfinished(targets, made_by, args.objects)
             print(f"{found - len(targets)} of {found} videos have their masks already")
+            for reason, count in reasons.items():
+                print(f"masks of {count} videos are made again: {reason}")
     targets = dict(processes.share_out(list(targets.items())))
     workers = decoders(targets, args.workers, args.batch_size, processes)
     start, told = time.perf_counter(), []
@@ -271,11 +266,9 @@ def main() -> int:
         if processes.first:
             tqdm.write(note)
 
-    options = not args.no_consistency, args.objects, scale, tell
+    how = not args.no_consistency, args.objects, scale, makers(made_by, targets), tell
     try:
-        done, frames, faults = label_videos(
-            model, targets, device, args.batch_size, workers, *options
-        )
+        done, frames, faults = label_videos(model, targets, device, args.batch_size, workers, *how)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -305,10 +298,8 @@ def make_ready(model: UNet, device: torch.device, batch_size: int, compiled: boo
     model = for_labelling(model, device)
     if compiled:
         size = (batch_size, 3, *FRAME_SIZE)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(lanes_for(device, threads)[1])  # for another number it is made anew
-        compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
-        torch.set_num_threads(threads)
+        with threads_shared(device):  # for another number of threads it would be made anew
+            compile_network(model, torch.zeros(size, dtype=torch.uint8, device=device))
     return model
 
 

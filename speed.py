@@ -28,7 +28,7 @@ import infer
 import train
 import utils
 from augment import augment
-from batches import ShardedBatches
+from batches import ShardedBatches, lanes_for
 from dataset import CLEVRDataset, split_videos
 from model import UNet
 from objects import Tracks, follow
@@ -281,7 +281,7 @@ def measure_infer(
     """Return the rate of infer.py, its bound, and the time of each of its parts."""
     model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
     cores = utils.usable_cpus()
-    lanes, share = infer.lanes_for(torch.device("cpu"), torch.get_num_threads())
+    lanes, share = lanes_for(torch.device("cpu"), torch.get_num_threads())
     cores = min(cores, lanes * share) if device.type == "cpu" else cores
     core: Times = {}
 

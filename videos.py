@@ -132,15 +132,6 @@ def read_video(video: Path) -> Tensor:
     return torch.stack(frames)
 
 
-def holds_labels_of(folder: Path, video: Path) -> bool:
-    """Return whether `folder` has a mask.npy that is whole and as long as `video`."""
-    try:
-        mask = read_mask(folder)
-        return mask is not None and len(mask) == len(frame_paths(video))
-    except UserError:
-        return False
-
-
 def read_labels(
     folder: Path, frames: int | None = None, size: Sequence[int] | None = None
 ) -> Tensor | None:

@@ -24,7 +24,7 @@ from PIL import Image
 import batches
 import infer
 from batches import fill_batches
-from checkpoints import save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
 from model import UNet
 from objects import follow
@@ -83,8 +83,8 @@ def run(call):
 
 
 def masks_below(folder):
-    """Return every file below a folder as an array, by its relative path."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Return every file below a folder but records as an array, by its relative path."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "mask.json"]
     return {path.relative_to(folder).as_posix(): np.load(path) for path in files}
 
 
@@ -243,18 +243,83 @@ def test_a_mask_that_cannot_be_written_is_named(run, tmp_path, ckpt):
     assert "out/a/video_2/mask.npy cannot be written" in err
 
 
+def changed_since(before, folder):
+    """Return the names of the videos whose masks are not the files that they were."""
+    return {p.parent.name for p, old in before.items() if (folder / p).stat().st_mtime_ns != old}
+
+
+def times(folder):
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("mask.npy")}
+
+
 def test_a_second_run_writes_anew_and_resume_does_not(run, tmp_path, data, ckpt):
-    assert run("--ckpt", ckpt, "--out", tmp_path / "out")[0] == 0
-    mask = tmp_path / "out/a/video_2/mask.npy"
-    expected = mask.read_bytes()
-    own = np.zeros((22, 32, 48), dtype=np.uint8)
-    np.save(mask, own)
-    status, out, _ = run("--ckpt", ckpt, "--out", tmp_path / "out", "--resume")
+    out = tmp_path / "out"
+    assert run("--ckpt", ckpt, "--out", out)[0] == 0
+    before = times(out)
+    status, said, _ = run("--ckpt", ckpt, "--out", out, "--resume")
     assert status == 0
-    assert "3 of 3 videos have their masks already" in out
-    assert not np.load(mask).any()
-    assert run("--ckpt", ckpt, "--out", tmp_path / "out")[0] == 0
-    assert mask.read_bytes() == expected
+    assert "3 of 3 videos have their masks already" in said
+    assert changed_since(before, out) == set()
+    assert run("--ckpt", ckpt, "--out", out)[0] == 0
+    assert len(changed_since(before, out)) == 3
+
+
+def touch_a_frame(out, data):
+    frame = data / "a/video_2/image_1.png"
+    frame.write_bytes((data / "a/video_2/image_0.png").read_bytes())
+
+
+def turn_a_bit(out, data):
+    mask = bytearray((out / "a/video_2/mask.npy").read_bytes())
+    mask[-7] ^= 1
+    (out / "a/video_2/mask.npy").write_bytes(mask)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda out, data: (out / "a/video_2/mask.npy").unlink(), None),
+        (lambda out, data: (out / "a/video_2/mask.json").unlink(), "nothing tells what made them"),
+        (lambda out, data: (out / "a/video_2/mask.json").write_text("[1]"), "nothing tells"),
+        (turn_a_bit, "they are not what was written"),
+        (touch_a_frame, "their frames have changed"),
+    ],
+)
+def test_resume_keeps_only_what_is_whole_and_of_these_frames(
+    run, tmp_path, data, ckpt, spoil, reason
+):
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(data, copy)
+    arguments = ("--ckpt", ckpt, "--data", copy, "--out", out)
+    assert run(*arguments)[0] == 0
+    spoil(out, copy)
+    before = times(out)
+    status, said, _ = run(*arguments, "--resume")
+    assert status == 0
+    assert "2 of 3 videos have their masks already" in said
+    assert (reason or "") in said
+    assert said.count("are made again") == (reason is not None)
+    assert changed_since(before, out) <= {"video_2"}
+    fresh = tmp_path / "fresh"
+    assert run("--ckpt", ckpt, "--data", copy, "--out", fresh)[0] == 0
+    np.testing.assert_array_equal(
+        *(np.load(folder / "a/video_2/mask.npy") for folder in (out, fresh))
+    )
+    assert "3 of 3 videos" in run(*arguments, "--resume")[1]
+
+
+def test_resume_makes_again_what_others_made(run, tmp_path, data, ckpt):
+    out = tmp_path / "out"
+    assert run("--ckpt", ckpt, "--out", out, "--objects")[0] == 0
+    status, said, _ = run("--ckpt", ckpt, "--out", out, "--resume", "--no-consistency")
+    assert "masks of 3 videos are made again: other options made them" in said
+    assert not list(out.rglob("objects.csv"))  # it told of other masks
+    other = load_checkpoint(ckpt)
+    other["model"] = {k: v * 1.5 if v.is_floating_point() else v for k, v in other["model"].items()}
+    save_checkpoint(tmp_path / "other.pt", other)
+    arguments = ("--ckpt", tmp_path / "other.pt", "--out", out, "--no-consistency", "--resume")
+    assert "masks of 3 videos are made again: another checkpoint" in run(*arguments)[1]
+    assert "3 of 3 videos have their masks already" in run(*arguments)[1]
 
 
 def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):
@@ -411,7 +476,7 @@ def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
     ],
 )
 def test_no_core_is_idle_and_apple_has_one_lane(device, threads, lanes):
-    assert infer.lanes_for(torch.device(device), threads) == lanes
+    assert batches.lanes_for(torch.device(device), threads) == lanes
 
 
 @pytest.mark.filterwarnings("error:.*fork.*")  # of a process with threads

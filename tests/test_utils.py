@@ -9,9 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoints
 import utils
-from checkpoints import load_checkpoint, save_checkpoint
 from utils import Stopped, UserError, atomic_write, run_script
 
 
@@ -92,25 +90,6 @@ def test_scraps_of_killed_writers_are_deleted_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     utils.delete_scraps(tmp_path / "mask.npy")
     assert {path.name for path in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
-
-
-def test_checkpoints_come_back_as_they_were(tmp_path):
-    checkpoint = {"model": {"w": torch.ones(2)}, "model_config": {"widths": [8, 16]}, "epoch": 3}
-    save_checkpoint(tmp_path / "a.pt", checkpoint)
-    found = load_checkpoint(tmp_path / "a.pt")
-    assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
-    added = {"format": checkpoints.CHECKPOINT_FORMAT, "version": utils.VERSION}
-    assert found == checkpoint | added
-    torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
-    assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
-
-
-@pytest.mark.parametrize(("version", "needle"), [(1, "older version"), (99, "newer version")])
-def test_checkpoints_of_other_formats_get_a_sentence(tmp_path, version, needle):
-    checkpoint = {"format": version, "model": {"w": torch.ones(2)}, "model_config": {}}
-    torch.save(checkpoint, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=needle):
-        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_without_git_the_log_still_begins(monkeypatch, tmp_path):

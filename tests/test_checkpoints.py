@@ -1,0 +1,82 @@
+"""Checkpoints come back as they were, or say in a sentence that they did not."""
+
+import random
+
+import pytest
+import torch
+from conftest import ROOT
+
+from checkpoints import CHECKPOINT_FORMAT, digest, load_checkpoint, save_checkpoint
+from utils import VERSION, UserError
+
+SHIPPED = ROOT / "weights/clevr_unet.pt"
+
+
+def test_checkpoints_come_back_as_they_were(tmp_path):
+    checkpoint = {"model": {"w": torch.ones(2)}, "model_config": {"widths": [8, 16]}, "epoch": 3}
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert len(found["digest"]) == 64
+    assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
+    added = {"format": CHECKPOINT_FORMAT, "version": VERSION}
+    assert found == checkpoint | added | {"digest": found["digest"]}
+    torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
+    assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
+
+
+@pytest.mark.parametrize(("version", "needle"), [(1, "older version"), (99, "newer version")])
+def test_checkpoints_of_other_formats_get_a_sentence(tmp_path, version, needle):
+    checkpoint = {"format": version, "model": {"w": torch.ones(2)}, "model_config": {}}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=needle):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_turned_bit_is_found_or_does_not_matter(tmp_path):
+    """Of the shipped file: nearly all of it is weights, which no checksum of PyTorch's guards."""
+    whole, rng, sentences = SHIPPED.read_bytes(), random.Random(0), []
+    true = load_checkpoint(SHIPPED)["digest"]
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.pt").write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(tmp_path / "a.pt")["digest"]
+        except UserError as error:
+            sentences.append(str(error))
+        else:
+            assert loaded == true
+    assert len(sentences) > 30
+    assert all(str(tmp_path / "a.pt") in sentence for sentence in sentences)
+
+
+BASE = {"w": torch.tensor([0.0, 1.0]), "plain": [1, None, "a", 0.5]}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"w": torch.tensor([-0.0, 1.0]), "plain": [1, None, "a", 0.5]},
+        {"w": torch.tensor([0.0, 1.0], dtype=torch.float64), "plain": [1, None, "a", 0.5]},
+        {"w": torch.tensor([[0.0, 1.0]]), "plain": [1, None, "a", 0.5]},
+        {"w": torch.tensor([0.0, 1.0]), "plain": [1, None, "a", 0.25]},
+        {"v": torch.tensor([0.0, 1.0]), "plain": [1, None, "a", 0.5]},
+        {"w": torch.tensor([0.0, 1.0]), "plain": [[1, None], "a", 0.5]},
+    ],
+)
+def test_whatever_differs_changes_the_digest(other):
+    assert digest(BASE) == digest({**BASE, "digest": "its own is left out"})
+    assert digest(other) != digest(BASE)
+
+
+def test_a_checkpoint_without_a_digest_loads_and_says_so(tmp_path, caplog):
+    save_checkpoint(tmp_path / "new.pt", {"model": {"w": torch.ones(2)}, "model_config": {}})
+    load_checkpoint(tmp_path / "new.pt")
+    assert not caplog.records
+    old = torch.load(tmp_path / "new.pt", weights_only=True)
+    del old["digest"]
+    torch.save(old, tmp_path / "old.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "old.pt")["model"]["w"], torch.ones(2))
+    assert caplog.messages == [
+        f"{tmp_path / 'old.pt'} has no digest of its own: whether it is undamaged is not known"
+    ]
