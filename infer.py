@@ -34,6 +34,7 @@ from tqdm import tqdm
 from batches import WholeVideos, choose_workers, fill_batches, in_lanes, lanes_for
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
+from files import atomic_write
 from model import UNet, for_labelling
 from objects import TABLE, Row, Tracks, follow, table
 from parts import gather, occupied
@@ -43,7 +44,6 @@ from utils import (
     Processes,
     UserError,
     at_least,
-    atomic_write,
     choose_device,
     compile_network,
     log_header,

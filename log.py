@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from files import atomic_write
 from pictures import draw_columns
-from utils import atomic_write
 
 FIELDS = (
     *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),

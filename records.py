@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from files import atomic_write, delete_scraps
 from objects import TABLE
-from utils import VERSION, atomic_write, delete_scraps
+from utils import VERSION
 from videos import frame_paths
 
 RECORD = "mask.json"  # beside mask.npy, and written after it
@@ -74,7 +75,6 @@ def unfinished(
             continue
         rest[video] = target
         reasons[reason] += 1
-        for name in (target.name, TABLE, RECORD):
-            delete_scraps(target.with_name(name))
+        delete_scraps(target.parent)
     del reasons["missing"]
     return rest, reasons

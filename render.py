@@ -27,12 +27,12 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from classes import NUM_CLASSES
+from files import atomic_write
 from raytrace import CELL, develop, lamp_points, render_frames
 from scene import make_scene
 from utils import (
     UserError,
     at_least,
-    atomic_write,
     choose_device,
     make_parser,
     run_script,

@@ -1,4 +1,4 @@
-"""What every script needs: errors, devices, processes, files that appear whole or not at all."""
+"""What every script needs: errors, devices, processes, where a log came from."""
 
 import argparse
 import contextlib
@@ -7,13 +7,12 @@ import ctypes
 import os
 import platform
 import random
-import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -275,39 +274,6 @@ class Processes:
         """Wait until every process is here."""
         if self.count > 1:
             torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears at `path` whole or not at all.
-
-    Written beside its final place, flushed to disk, then renamed over it. If the block raises,
-    `path` keeps what it held before.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def delete_scraps(path: Path) -> None:
-    """Delete what killed runs of `atomic_write` have left beside `path`."""
-    for scrap in path.parent.glob(f".{path.name}.*.tmp"):
-        scrap.unlink(missing_ok=True)
 
 
 def log_header(device: torch.device) -> str:

@@ -17,7 +17,8 @@ from PIL import Image
 import render
 import scene
 from classes import class_id
-from utils import UserError, atomic_write, run_script
+from files import atomic_write
+from utils import UserError, run_script
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Exit statuses, files that are whole or not there, checkpoints, and life without git."""
+"""Exit statuses, and life without git."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 import utils
-from utils import Stopped, UserError, atomic_write, run_script
+from utils import Stopped, UserError, run_script
 
 
 @pytest.mark.parametrize(
@@ -71,25 +71,6 @@ def test_a_reader_that_goes_away_ends_a_script_quietly(lines):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "file"
-    with atomic_write(path) as file:
-        file.write(b"whole")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_write(path) as file:  # noqa: PT012
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"whole"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
-
-
-def test_scraps_of_killed_writers_are_deleted_and_nothing_else(tmp_path):
-    for name in (".mask.npy.0123.tmp", "mask.npy", ".other.npy.0123.tmp"):
-        (tmp_path / name).touch()
-    utils.delete_scraps(tmp_path / "mask.npy")
-    assert {path.name for path in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
 
 
 def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
