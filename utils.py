@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def follow_launcher() -> None:
+    """Get SIGTERM when torchrun is gone, even by kill -9 (Linux; elsewhere a no-op).
+
+    It starts processes in sessions of their own, which would go on beside the run that resumes.
+    """
+    pr_set_pdeathsig = 1  # prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def usable_cpus() -> int:
     """Return how many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
@@ -226,6 +237,8 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.device = device
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            follow_launcher()
         if self.count > 1:
             backend, bound = "gloo", None
             if device.type != "cpu":  # gloo beside it, for what the host has to know

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
     header = utils.log_header(torch.device("cpu"))
     assert f"clevr-unet {utils.VERSION}, commit none" in header
     assert f"torch {torch.__version__}" in header
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
+code = "import time, torch, utils; utils.Processes(torch.device('cpu')); print('up'); "
+code += "time.sleep(60)"
+subprocess.run([sys.executable, "-u", "-c", code], start_new_session=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such signal")
+def test_processes_do_not_outlive_a_launcher_that_is_killed():
+    """They would go on writing beside the run that goes on in their place."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "up\n"
+    launcher.kill()
+    begun = time.monotonic()
+    assert launcher.stdout.read() == ""  # until the process, which holds the pipe, is gone
+    assert time.monotonic() - begun < 50
+    launcher.wait()
 
 
 def test_processors_are_those_that_may_be_used(monkeypatch):
