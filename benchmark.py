@@ -38,6 +38,7 @@ import torch
 
 import check
 import checkpoints
+import files
 import infer
 import utils
 from model import UNet
@@ -277,7 +278,7 @@ def main() -> int:
             result[part] = measure()
             print(f"\n{table(result[part], TABLES[part])}", flush=True)
             if args.json:  # after every part: the next may take hours
-                with utils.atomic_write(args.json) as file:
+                with files.atomic_write(args.json) as file:
                     file.write(f"{json.dumps(result, indent=1)}\n".encode())
     return 0
 

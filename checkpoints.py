@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from utils import VERSION, UserError, atomic_write
+from files import atomic_write
+from utils import VERSION, UserError
 
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 logger = logging.getLogger(__name__)

@@ -12,8 +12,6 @@ import math
 import os
 import random
 import sys
-import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
+from files import atomic_write, delete_scraps
 from utils import UserError, make_parser, run_script
 from videos import (
     find_labelled,
@@ -39,7 +38,6 @@ from videos import (
     read_video,
 )
 
-SCRAP_AGE = 3600  # seconds after which half a cache file has lost its writer
 OPEN_MASKS = 256  # files that stay open where there is no cache; often 1024 are allowed
 logger = logging.getLogger(__name__)
 
@@ -107,6 +105,8 @@ class CLEVRDataset(Dataset):
     def _prepare(self, videos: list[Path], root: Path | None) -> None:
         """Check all videos; decode those that the cache does not hold yet."""
         files = {video: _cache_file(root, video) for video in videos}
+        for file in filter(None, files.values()):
+            delete_scraps(file.parent)
         found: dict[Path, Any] = {video: _cached_shape(files[video]) for video in videos}
         failures: list[OSError] = []
 
@@ -235,20 +235,11 @@ def _cached_shape(file: Path | None) -> tuple[int, ...] | None:
 
 def _save_whole(file: Path, block: np.ndarray) -> None:
     """Write a video's .npy so that no reader sees half of it, and delete those it replaces."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as stream:
-            np.save(stream, block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(file) as stream:
+        np.save(stream, block)
     with suppress(FileNotFoundError):  # another process deletes them too
-        for old in set(file.parent.iterdir()) - {file}:
-            if old.suffix == ".npy" or time.time() - old.stat().st_mtime > SCRAP_AGE:
-                old.unlink()
+        for old in set(file.parent.glob("*.npy")) - {file}:
+            old.unlink()
 
 
 def main() -> int:

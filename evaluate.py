@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from classes import NUM_CLASSES
+from files import atomic_write
 from metrics import (
     Segments,
     count_segments,
@@ -29,7 +30,7 @@ from metrics import (
     summarise,
     video_figures,
 )
-from utils import UserError, atomic_write, make_parser, run_script
+from utils import UserError, make_parser, run_script
 from videos import find_videos, frame_paths, read_labels
 
 NUM_WORST = 10  # videos listed at the end of the report

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from batches import WholeVideos, choose_workers, fill_batches, in_lanes, threads_shared
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
+from files import atomic_write
 from model import UNet, for_labelling
 from objects import TABLE, Row, Tracks, follow, table
 from parts import gather, occupied
@@ -44,7 +45,6 @@ from utils import (
     Processes,
     UserError,
     at_least,
-    atomic_write,
     choose_device,
     compile_network,
     log_header,
@@ -147,15 +147,19 @@ def save(target: Path, tracks: Tracks, with_table: bool, made_by: dict | None = 
     try:
         for name in (RECORD, TABLE):
             target.with_name(name).unlink(missing_ok=True)
+        rows = None
         if with_table:
             text = io.StringIO(newline="")
             csv.writer(text).writerows([Row._fields, *table(tracks)])
+            rows = text.getvalue().encode()
             with atomic_write(target.with_name(TABLE)) as file:
-                file.write(text.getvalue().encode())
+                file.write(rows)
+        mask = io.BytesIO()
+        np.save(mask, tracks.labels.numpy())
         with atomic_write(target) as file:
-            np.save(file, tracks.labels.numpy())
+            file.write(mask.getbuffer())
         if made_by:
-            write_record(target, made_by)
+            write_record(target, made_by, mask.getvalue(), rows)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}): "

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from files import atomic_write
 from pictures import draw_columns
-from utils import atomic_write
 
 FIELDS = (
     *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),
@@ -34,7 +35,8 @@ class Log:
         csv.DictWriter(text, FIELDS, extrasaction="ignore").writerows(kept)
         with atomic_write(path) as file:  # a kill must not cost what the log holds already
             file.write(text.getvalue().encode())
-        self.lines = csv.DictWriter(path.open("a", newline="", buffering=1), FIELDS)
+        self.file = path.open("a", newline="", buffering=1)
+        self.lines = csv.DictWriter(self.file, FIELDS)
         self.board = SummaryWriter(out / "tensorboard", purge_step=completed + 1)
         self.drawn = time.monotonic()
 
@@ -42,6 +44,7 @@ class Log:
         """Write one epoch's figures: those of FIELDS, and the IoU of each class that is there."""
         epoch = figures["epoch"]
         self.lines.writerow({name: figures[name] for name in FIELDS})
+        os.fsync(self.file.fileno())  # before the checkpoint, with which the line is never redone
         for name in FIELDS[1:]:
             self.board.add_scalar(name, figures[name], epoch)
         for name, iou in figures["per_class"].items():

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from classes import CLASS_NAMES, NUM_CLASSES
+from files import atomic_write, delete_scraps
 from metrics import class_iou, count_segments, frame_confusions, panoptic_quality, video_figures
 from objects import TABLE, Tracks, table
 from pictures import (
@@ -43,7 +44,7 @@ from pictures import (
     sheet,
     tile_size,
 )
-from utils import UserError, at_least, atomic_write, delete_scraps, make_parser, run_script
+from utils import UserError, at_least, make_parser, run_script
 from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
 
 PAGE = {"preview.html": "index.html", "preview.js": "preview.js", "draw.js": "draw.js"}
@@ -71,8 +72,7 @@ def preview_video(name: str, video: Path, masks: Path, out: Path, width: int) ->
     known = read_record(out / "video.js")
     if known and known.get("source") == source:
         return known
-    for path in (*(out / picture for picture in PICTURES), out / "video.js"):
-        delete_scraps(path)
+    delete_scraps(out)
     frames = read_video(video).permute(0, 2, 3, 1).numpy()
     shape = frames.shape[:3]
     labels = read_labels(masks, shape[0], shape[1:])

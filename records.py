@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from files import atomic_write, delete_scraps
 from objects import TABLE
-from utils import VERSION, atomic_write, delete_scraps
+from utils import VERSION
 from videos import frame_paths
 
 RECORD = "mask.json"  # beside mask.npy, and written after it
@@ -36,9 +37,15 @@ def frames_of(video: Path) -> list[list[str | int]]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def write_record(target: Path, made_by: Mapping[str, Any]) -> None:
-    """Write mask.json beside `target`, a mask.npy that is whole."""
-    text = json.dumps({**made_by, "mask": _digest(target)}, separators=(",", ":"))
+def write_record(
+    target: Path, made_by: Mapping[str, Any], mask: bytes, table: bytes | None
+) -> None:
+    """Write mask.json beside `target`, with digests of what was written there.
+
+    They are not of the files, which another run into the same folder may have replaced.
+    """
+    digests = {"mask": _digest(mask), "table": None if table is None else _digest(table)}
+    text = json.dumps({**made_by, **digests}, separators=(",", ":"))
     with atomic_write(target.with_name(RECORD)) as file:
         file.write(f"{text}\n".encode())
 
@@ -49,20 +56,24 @@ def why_again(target: Path, made_by: Mapping[str, Any], with_table: bool) -> str
         return "missing"
     try:
         record = json.loads(target.with_name(RECORD).read_bytes())
-        found = record["mask"]
+        digests = record["mask"], record["table"]
         changed = next((key for key in CHANGES if record.get(key) != made_by.get(key)), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "nothing tells what made them"
     if changed:
         return CHANGES[changed]
-    if with_table and not target.with_name(TABLE).is_file():
+    table = target.with_name(TABLE)
+    if with_table and not table.is_file():
         return f"they have no {TABLE}"
-    return None if _digest(target) == found else "they are not what was written"
+    if _digest(target.read_bytes()) != digests[0]:
+        return "they are not what was written"
+    if table.is_file() and _digest(table.read_bytes()) != digests[1]:
+        return f"their {TABLE} is not what was written with them"
+    return None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def unfinished(
@@ -75,12 +86,11 @@ def unfinished(
     rest, reasons = {}, Counter()
     for video, all_of_it in makers(made_by, targets).items():
         target = targets[video]
+        delete_scraps(target.parent)
         reason = why_again(target, all_of_it, with_table)
         if reason is None:
             continue
         rest[video] = target
         reasons[reason] += 1
-        for name in (target.name, TABLE, RECORD):
-            delete_scraps(target.with_name(name))
     del reasons["missing"]
     return rest, reasons

@@ -10,12 +10,16 @@ on the number of workers; a folder takes videos of one set of settings.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
 import shutil
+import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -27,12 +31,12 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from classes import NUM_CLASSES
+from files import atomic_write
 from raytrace import CELL, develop, lamp_points, render_frames
 from scene import make_scene
 from utils import (
     UserError,
     at_least,
-    atomic_write,
     choose_device,
     make_parser,
     run_script,
@@ -101,8 +105,14 @@ def write_video(
     except OSError:
         if not video.exists():  # else another run rendered it meanwhile, and swept ours away
             raise
-    for leftover in out.glob(f".video_{number}.*partial"):  # of killed runs, and of slower ones
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(out, f"video_{number}")
+
+
+def sweep(out: Path, video: str = "*") -> None:
+    """Delete what killed runs, and slower ones, have made of videos that are there."""
+    for leftover in out.glob(f".{video}.*partial"):
+        if (out / leftover.name.split(".")[1]).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def follow_parent() -> None:
@@ -113,6 +123,19 @@ def follow_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Hold back a Ctrl-C until the end of the block; processes that start in it never get one."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -191,18 +214,29 @@ def render_dataset(
         "device": torch.device(device).type,
     }
     claim(out, settings)
+    sweep(out)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
     workers = max(1, min(workers or default_workers(), len(todo)))
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
     with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
-        jobs = [pool.submit(write_video, out, k, seed, objects, device, num_frames) for k in todo]
+        jobs: list[Future] = []
         try:
+            with without_ctrl_c():  # which workers never get: they end with their parent
+                for k in todo:
+                    video = out, k, seed, objects, device, num_frames
+                    jobs.append(pool.submit(write_video, *video))
             for job in as_completed(jobs):
                 job.result()
                 bar.update()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that renders was killed, perhaps for lack of memory: the same command "
+                "goes on; if it happens again, give render.py fewer --workers"
+            ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for job in jobs:  # a shutdown that is to cancel them forgets it when the pool is left
+                job.cancel()
             raise
 
 

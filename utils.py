@@ -1,4 +1,4 @@
-"""What every script needs: errors, devices, processes, files that appear whole or not at all."""
+"""What every script needs: errors, devices, processes, where a log came from."""
 
 import argparse
 import contextlib
@@ -7,13 +7,13 @@ import ctypes
 import os
 import platform
 import random
-import secrets
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +122,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def follow_launcher() -> None:
+    """Get SIGTERM when torchrun is gone, even by kill -9 (Linux; elsewhere a no-op).
+
+    It starts processes in sessions of their own, which would go on beside the run that resumes.
+    """
+    pr_set_pdeathsig = 1  # prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def usable_cpus() -> int:
     """Return how many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
@@ -227,6 +237,8 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.device = device
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            follow_launcher()
         if self.count > 1:
             backend, bound = "gloo", None
             if device.type != "cpu":  # gloo beside it, for what the host has to know
@@ -275,39 +287,6 @@ class Processes:
         """Wait until every process is here."""
         if self.count > 1:
             torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears at `path` whole or not at all.
-
-    Written beside its final place, flushed to disk, then renamed over it. If the block raises,
-    `path` keeps what it held before.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def delete_scraps(path: Path) -> None:
-    """Delete what killed runs of `atomic_write` have left beside `path`."""
-    for scrap in path.parent.glob(f".{path.name}.*.tmp"):
-        scrap.unlink(missing_ok=True)
 
 
 def log_header(device: torch.device) -> str:

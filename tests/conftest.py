@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,19 @@ REAL = Path(os.environ.get("CLEVR_REAL") or "no-real-videos")  # real videos, so
 needs_real = pytest.mark.skipif(
     not REAL.is_dir(), reason="no real videos: the environment variable CLEVR_REAL names a folder"
 )
+
+
+def pytest_configure(config) -> None:
+    """Choose the seed of a soak before the workers start, so that all have the same."""
+    os.environ.setdefault("SOAK_SEED", str(random.randrange(10**6)))
+    if config.getoption("markexpr") == "soak" and config.getoption("dist", "no") != "no":
+        config.option.dist = "load"  # its two files are long
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Say how to repeat a soak."""
+    if config.getoption("markexpr") == "soak":
+        terminalreporter.write_line(f"soak: SOAK_SEED={os.environ['SOAK_SEED']}")
 
 
 def write_video(folder: Path, frames: torch.Tensor, masks: torch.Tensor | None = None) -> None:

@@ -23,11 +23,12 @@ from PIL import Image
 
 import batches
 import infer
+import records
 from batches import fill_batches
 from checkpoints import load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
 from model import UNet
-from objects import follow
+from objects import Tracks, follow
 from parts import gather
 from render import render_video
 from utils import Processes, mixed_precision
@@ -320,6 +321,51 @@ def test_resume_makes_again_what_others_made(run, tmp_path, data, ckpt):
     arguments = ("--ckpt", tmp_path / "other.pt", "--out", out, "--no-consistency", "--resume")
     assert "masks of 3 videos are made again: another checkpoint" in run(*arguments)[1]
     assert "3 of 3 videos have their masks already" in run(*arguments)[1]
+
+
+@pytest.mark.parametrize("when", ["mask.npy", "objects.csv", "mask.json"])
+def test_resume_sees_what_another_run_wrote_in_between(
+    run, tmp_path, data, ckpt, monkeypatch, when
+):
+    """Two runs with other options into one folder; the other overtakes before a file is written."""
+    out, overtaken = tmp_path / "out", []
+    real = infer.save, infer.atomic_write, records.write_record
+
+    def other_run(target):
+        if not overtaken:
+            overtaken.append(target)
+            real[0](target, Tracks(torch.zeros(1, 2, 2).byte(), {}), True, {"options": "others"})
+
+    def write(path):
+        if path.name == when:
+            other_run(path.with_name("mask.npy"))
+        return real[1](path)
+
+    def write_record(target, *rest):
+        if when == "mask.json":
+            other_run(target)
+        real[2](target, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "atomic_write", write)
+        patch.setattr(infer, "write_record", write_record)
+        assert run("--ckpt", ckpt, "--out", out, "--objects", "--data", data)[0] == 0
+    assert overtaken
+    arguments = "--ckpt", ckpt, "--objects", "--data", data, "--out"
+    assert run(*arguments, out, "--resume")[0] == 0
+    assert run(*arguments, tmp_path / "fresh")[0] == 0
+    for path in (tmp_path / "fresh").rglob("*.*"):
+        assert path.read_bytes() == (out / path.relative_to(tmp_path / "fresh")).read_bytes()
+
+
+def test_resume_makes_a_table_of_others_again(run, tmp_path, data, ckpt):
+    """Also where this run wants none: whoever reads it would take it for that of these masks."""
+    out = tmp_path / "out"
+    assert run("--ckpt", ckpt, "--out", out)[0] == 0
+    (out / "a/video_2/objects.csv").write_text("of another run")
+    said = run("--ckpt", ckpt, "--out", out, "--resume")[1]
+    assert "masks of 1 videos are made again: their objects.csv is not what was written" in said
+    assert not list(out.rglob("objects.csv"))
 
 
 def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run
 from PIL import Image
 
 import render
 import scene
 import train
 from classes import class_id
-from utils import UserError, atomic_write, run_script
+from files import atomic_write
+from utils import UserError, run_script
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +246,55 @@ def test_a_run_that_starts_beside_another_finds_its_record(first_look, tmp_path,
     monkeypatch.setattr(Path, first_look, slow_look)
     render.render_dataset(tmp_path, 0, progress=False)
     assert (tmp_path / "video_0").exists()
+
+
+def test_scraps_of_videos_that_are_there_go(rendered, tmp_path):
+    """As of a run that was killed after another had finished its video, twice over."""
+    shutil.copytree(rendered, tmp_path / "two")
+    for name in (".video_0.0123abcd.partial", ".video_7.0123abcd.partial"):
+        (tmp_path / "two" / name).mkdir()
+    render.render_dataset(tmp_path / "two", 2, seed=5, objects=(1, 2), progress=False)
+    assert {path.name for path in (tmp_path / "two").glob(".*")} == {".video_7.0123abcd.partial"}
+
+
+STOP = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import render
+
+def workers():
+    children = Path("/proc/self/task").glob("*/children")
+    found = [int(pid) for file in children for pid in file.read_text().split()]
+    return [p for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+def stop():
+    while not workers():
+        time.sleep(0.01)
+    time.sleep(float(sys.argv[-1]))
+    os.kill(workers()[0], signal.SIGKILL) if WORKER else os.killpg(0, signal.SIGINT)
+
+if __name__ == "__main__":
+    os.setsid()
+    threading.Thread(target=stop, daemon=True).start()
+    render.run_script(
+        lambda: render.render_dataset(Path(sys.argv[1]), 40, workers=2, num_frames=1)
+    )
+"""
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_killed_worker_or_a_ctrl_c_while_workers_start_is_one_line(kill, tmp_path):
+    """What reaches all processes at a terminal is the first one's alone."""
+    (tmp_path / "stop.py").write_text(STOP.replace("WORKER", repr(kill)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = run(tmp_path / "stop.py", tmp_path / "out", 0.3, env=environment)
+    if kill:
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: a process that renders was killed")
+        assert len(result.stderr.splitlines()) == 1
+    else:
+        assert (result.returncode, result.stderr) == (130, "\ninterrupted\n")
+    assert len(list((tmp_path / "out").glob("video_*"))) < 20, "it was not stopped"
 
 
 def blank_video(*_, **__):

@@ -437,6 +437,19 @@ def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
     assert (tmp_path / "log.csv").read_text() == before
 
 
+def test_a_line_of_the_log_is_on_the_disk_before_the_checkpoint_that_never_redoes_it(
+    tmp_path, monkeypatch
+):
+    lines, flushed = log.Log(tmp_path, completed=0), []
+
+    def note(descriptor):
+        flushed.append(os.pread(descriptor, 10_000, 0))
+
+    monkeypatch.setattr(os, "fsync", note)
+    lines.add(dict.fromkeys(log.FIELDS, 0.5) | {"per_class": {}, "epoch": 1})
+    assert flushed == [(tmp_path / "log.csv").read_bytes()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [

@@ -1,16 +1,17 @@
-"""Exit statuses, files that are whole or not there, checkpoints, and life without git."""
+"""Exit statuses, and life without git."""
 
 import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 
 import utils
-from utils import Stopped, UserError, atomic_write, run_script
+from utils import Stopped, UserError, run_script
 
 
 @pytest.mark.parametrize(
@@ -73,30 +74,34 @@ def test_a_reader_that_goes_away_ends_a_script_quietly(lines):
         assert process.wait(60) == 141
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "file"
-    with atomic_write(path) as file:
-        file.write(b"whole")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_write(path) as file:  # noqa: PT012
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"whole"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
-
-
-def test_scraps_of_killed_writers_are_deleted_and_nothing_else(tmp_path):
-    for name in (".mask.npy.0123.tmp", "mask.npy", ".other.npy.0123.tmp"):
-        (tmp_path / name).touch()
-    utils.delete_scraps(tmp_path / "mask.npy")
-    assert {path.name for path in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
-
-
 def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     header = utils.log_header(torch.device("cpu"))
     assert f"clevr-unet {utils.VERSION}, commit none" in header
     assert f"torch {torch.__version__}" in header
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
+code = "import time, torch, utils; utils.Processes(torch.device('cpu')); print('up'); "
+code += "time.sleep(60)"
+subprocess.run([sys.executable, "-u", "-c", code], start_new_session=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such signal")
+def test_processes_do_not_outlive_a_launcher_that_is_killed():
+    """They would go on writing beside the run that goes on in their place."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "up\n"
+    launcher.kill()
+    begun = time.monotonic()
+    assert launcher.stdout.read() == ""  # until the process, which holds the pipe, is gone
+    assert time.monotonic() - begun < 50
+    launcher.wait()
 
 
 def test_processors_are_those_that_may_be_used(monkeypatch):
