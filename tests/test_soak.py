@@ -191,7 +191,7 @@ def test_kills_at_random_moments_cost_nothing(
     rng = random.Random(f"{SEED} {kind} {trial}")
     name, processes, _ = KINDS[kind]
     task, whole, wrong, kills, orphans = tasks(shared)[name], untouched(kind), [], [], []
-    folder = tmp_path / "killed"
+    folder, hits = tmp_path / "killed", 0
     for attempt in range(rng.choice((1, 1, 1, 2))):
         number = SIGNALS[(trial + attempt) % 3]
         whom = rng.choice(
@@ -206,6 +206,7 @@ def test_kills_at_random_moments_cost_nothing(
         process = start(task, folder, processes, *(task.go_on if attempt else ()))
         time.sleep(moment)
         there, in_time = kill(process, number, whom, rng)
+        hits += in_time
         status = process.wait(120)
         kills.append(f"{signal.Signals(number).name} to {whom} at {moment:.2f} s: {status}")
         text = said(folder, "err").read_text()
@@ -221,7 +222,8 @@ def test_kills_at_random_moments_cost_nothing(
             f"then exit status {process.returncode}: {said(folder, 'err').read_text()[-3000:]}"
         )
     wrong += differences(folder, whole.folder)
-    record_property("kills", len(kills))
+    record_property("kills", hits)
+    record_property("kills that came after the end", len(kills) - hits)
     print(f"kills of {kind}: {'; '.join(kills)}")
     assert not wrong, "\n".join([f"SOAK_SEED={SEED}", *kills, *wrong])
     shutil.rmtree(folder)
