@@ -203,9 +203,14 @@ def test_kills_at_random_moments_cost_nothing(
         )
         begin = 0 if rng.random() < 0.15 else whole.begin
         moment = rng.uniform(begin, 1.05 * whole.end)
-        process = start(task, folder, processes, *(task.go_on if attempt else ()))
-        time.sleep(moment)
-        there, in_time = kill(process, number, whom, rng)
+        in_time, more = False, task.go_on if attempt else ()
+        while not in_time and moment > 0.1:
+            process = start(task, folder, processes, *more)
+            time.sleep(moment)
+            there, in_time = kill(process, number, whom, rng)
+            if not in_time:  # the machine has become faster: from the beginning, and sooner
+                shutil.rmtree(folder)
+                moment, more = 0.8 * moment, ()
         hits += in_time
         status = process.wait(120)
         kills.append(f"{signal.Signals(number).name} to {whom} at {moment:.2f} s: {status}")
@@ -223,7 +228,6 @@ def test_kills_at_random_moments_cost_nothing(
         )
     wrong += differences(folder, whole.folder)
     record_property("kills", hits)
-    record_property("kills that came after the end", len(kills) - hits)
     print(f"kills of {kind}: {'; '.join(kills)}")
     assert not wrong, "\n".join([f"SOAK_SEED={SEED}", *kills, *wrong])
     shutil.rmtree(folder)
