@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,16 @@ def pytest_configure(config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    """Say how to repeat a soak."""
-    if config.getoption("markexpr") == "soak":
-        terminalreporter.write_line(f"soak: SOAK_SEED={os.environ['SOAK_SEED']}")
+    """Say what a soak has done and how to repeat it."""
+    if config.getoption("markexpr") != "soak":
+        return
+    counts = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                counts.update(dict(report.user_properties))
+    done = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    terminalreporter.write_line(f"soak: {done}; SOAK_SEED={os.environ['SOAK_SEED']} repeats it")
 
 
 def write_video(folder: Path, frames: torch.Tensor, masks: torch.Tensor | None = None) -> None:

@@ -172,7 +172,7 @@ def faults(
     for trace in re.split(r"(?=Traceback \(most recent call last\))", text)[1:]:
         # Python's own, of a Ctrl-C while it imports, is not this project's to leave out.
         importing = number == signal.SIGINT and "in run_script" not in trace
-        if str(ROOT) in trace and not importing:
+        if f'File "{ROOT}' in trace and not importing:
             wrong.append(trace[-3000:])
     return wrong
 
@@ -185,11 +185,13 @@ TRIALS = [
 
 
 @pytest.mark.parametrize(("kind", "trial"), TRIALS)
-def test_kills_at_random_moments_cost_nothing(kind, trial, shared, untouched, tmp_path):
+def test_kills_at_random_moments_cost_nothing(
+    kind, trial, shared, untouched, tmp_path, record_property
+):
     rng = random.Random(f"{SEED} {kind} {trial}")
     name, processes, _ = KINDS[kind]
     task, whole, wrong, kills, orphans = tasks(shared)[name], untouched(kind), [], [], []
-    folder = tmp_path / "killed"
+    folder, hits = tmp_path / "killed", 0
     for attempt in range(rng.choice((1, 1, 1, 2))):
         number = SIGNALS[(trial + attempt) % 3]
         whom = rng.choice(
@@ -201,9 +203,15 @@ def test_kills_at_random_moments_cost_nothing(kind, trial, shared, untouched, tm
         )
         begin = 0 if rng.random() < 0.15 else whole.begin
         moment = rng.uniform(begin, 1.05 * whole.end)
-        process = start(task, folder, processes, *(task.go_on if attempt else ()))
-        time.sleep(moment)
-        there, in_time = kill(process, number, whom, rng)
+        in_time, more = False, task.go_on if attempt else ()
+        while not in_time and moment > 0.1:
+            process = start(task, folder, processes, *more)
+            time.sleep(moment)
+            there, in_time = kill(process, number, whom, rng)
+            if not in_time:  # the machine has become faster: from the beginning, and sooner
+                shutil.rmtree(folder)
+                moment, more = 0.8 * moment, ()
+        hits += in_time
         status = process.wait(120)
         kills.append(f"{signal.Signals(number).name} to {whom} at {moment:.2f} s: {status}")
         text = said(folder, "err").read_text()
@@ -219,12 +227,13 @@ def test_kills_at_random_moments_cost_nothing(kind, trial, shared, untouched, tm
             f"then exit status {process.returncode}: {said(folder, 'err').read_text()[-3000:]}"
         )
     wrong += differences(folder, whole.folder)
+    record_property("kills", hits)
     print(f"kills of {kind}: {'; '.join(kills)}")
     assert not wrong, "\n".join([f"SOAK_SEED={SEED}", *kills, *wrong])
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.parametrize("trial", range(2))
 @pytest.mark.parametrize("same", [True, False])
 def test_two_runs_of_infer_into_one_folder_corrupt_nothing(
     same, trial, shared, untouched, tmp_path
