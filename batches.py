@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,22 @@ class ShardedBatches(Sampler[list[int]]):
         return self.passes * self._batches_of_a_pass()
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._whole():
+            yield batch[self.processes.rank :: self.processes.count]
+
+    def batch(self, number: int) -> list[int]:
+        """Return the frames of a batch of this epoch, those of all processes."""
+        return next(islice(self._whole(0), number, None), [])
+
+    def _whole(self, done: int | None = None) -> Iterator[list[int]]:
+        done = self.done if done is None else done
         count, order = self._batches_of_a_pass(), list(range(self.frames))
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         for number in range(self.passes):
             if self.shuffle:
                 order = torch.randperm(self.frames, generator=generator).tolist()
-            for k in range(max(0, self.done - number * count), count):
-                batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-                yield batch[self.processes.rank :: self.processes.count]
+            for k in range(max(0, done - number * count), count):
+                yield order[k * self.batch_size : (k + 1) * self.batch_size]
 
     def _batches_of_a_pass(self) -> int:
         whole, rest = divmod(self.frames, self.batch_size)
@@ -115,6 +124,13 @@ def load_data(
         DataLoader(training, batch_sampler=batches, **loading),
         DataLoader(validation, batch_sampler=val_batches, **loading),
     )
+
+
+def videos_of(loader: DataLoader, numbers: Iterable[int]) -> list[str]:
+    """Return the videos whose frames are in batches of this epoch, of these numbers."""
+    dataset, batches = loader.dataset, loader.batch_sampler
+    frames = {i for number in numbers if number >= 0 for i in batches.batch(number)}
+    return [str(dataset.videos[v]) for v in sorted({int(dataset.index[i][0]) for i in frames})]
 
 
 class WholeVideos(Dataset):

@@ -6,6 +6,8 @@ tensors of the right shapes, and PyTorch reads it.
 
 import hashlib
 import logging
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a file that train.py wrote")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        _must_not_swell(path)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _must_be_plain(checkpoint, path.stat().st_size)
     except Exception as error:  # torch raises half a dozen types for files that are not its own
+        if isinstance(error, OSError) and error.filename:  # else it is torch's, of the content
+            raise
         raise UserError(
             f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
             "give a file that train.py wrote"
@@ -93,9 +98,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint = {"model": checkpoint, "model_config": {}}
     has_model = isinstance(checkpoint.get("model"), dict)
-    if not has_model or not isinstance(checkpoint.get("model_config"), dict):
-        raise UserError(f"{path} holds no model: give a file that train.py wrote")
     found = checkpoint.get("format", CHECKPOINT_FORMAT)
+    if not (has_model and isinstance(checkpoint.get("model_config"), dict) and type(found) is int):
+        raise UserError(f"{path} holds no model: give a file that train.py wrote")
     if found != CHECKPOINT_FORMAT:
         age, cure = ("newer", "update it") if found > CHECKPOINT_FORMAT else ("older", "train anew")
         raise UserError(f"{path} was written by an {age} version of this project: {cure}")
@@ -105,3 +110,50 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     elif checkpoint["digest"] != true:
         raise UserError(f"{path} is damaged, what it holds is not what was saved: copy it anew")
     return checkpoint | {"digest": true}
+
+
+def is_finite(state: dict[str, torch.Tensor]) -> bool:
+    """Return whether all weights and statistics of a network are numbers, not NaN or infinite."""
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+def count_weights(state: dict[str, Any]) -> int:
+    """Return how many numbers the tensors of a network's state hold."""
+    return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _must_not_swell(path: Path) -> None:
+    """Raise ValueError for an archive that by its own word is larger than its file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("torch.save packs nothing")
+
+
+def _must_be_plain(checkpoint: Any, size: int) -> None:
+    """Raise ValueError for what `save_checkpoint` never writes: it can take time or memory to read.
+
+    Args:
+        checkpoint: What a file holds.
+        size: Bytes of the file. A value takes one at least, and tensors are not larger than it; by
+            references to one thing a file can claim any number of them.
+    """
+    rest, values, content = [checkpoint], 0, 0
+    while rest:
+        value = rest.pop()
+        values += 1
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            rest += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+                raise ValueError("not a plain tensor")
+            own = value.nelement() * value.element_size()
+            if own > value.untyped_storage().nbytes():
+                raise ValueError("a tensor that repeats itself")
+            content += own
+        elif not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"holds {type(value).__name__}")
+        if values + len(rest) > size or content > 2 * size:
+            raise ValueError("more than its file")

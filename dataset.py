@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -246,7 +245,6 @@ def main() -> int:
     """Read the command line, print the report, return the exit status."""
     parser = make_parser(__doc__)
     parser.add_argument("path", help="folder with videos, at any depth")
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     return 1 if print_report(parser.parse_args().path) else 0
 
 

@@ -54,6 +54,7 @@ from utils import (
 )
 from videos import find_videos, frame_paths, read_frame
 
+MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_WORKERS = 16  # processes that decode for a GPU
 
 
@@ -62,7 +63,7 @@ def find_data(data: Path | None, checkpoint: dict, ckpt: Path) -> Path:
     if data is None:
         if not checkpoint.get("data"):
             raise UserError(f"{ckpt} does not say what it was trained on: give --data")
-        data = Path(checkpoint["data"])
+        data = Path(str(checkpoint["data"]))
         if not data.is_dir():
             raise UserError(f"{ckpt} was trained on {data}, which is not here: give --data")
     return data
@@ -109,7 +110,8 @@ def label(
     """
     sizes = scale.sizes(*videos[0].shape[2:])
     found, evidence, outlines = [], [], []
-    for frames in torch.cat(list(videos)).split(batch_size):
+    pixels = math.prod(sizes[-1] if sizes else videos[0].shape[2:])
+    for frames in torch.cat(list(videos)).split(max(1, min(batch_size, MAX_AT_ONCE // pixels))):
         whole = frames.to(device, non_blocking=True)  # bytes
         with mixed_precision(device):
             stages = model.stages(resize(whole, sizes[0]) if sizes else whole)

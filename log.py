@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from files import atomic_write
 from pictures import draw_columns
+from utils import UserError
 
 FIELDS = (
     *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),
@@ -26,10 +27,8 @@ class Log:
 
     def __init__(self, out: Path, completed: int):
         path, kept = out / "log.csv", []
-        if completed and path.exists():
-            with path.open(newline="") as old:
-                whole = [row for row in csv.DictReader(old) if None not in row.values()]
-            kept = [row for row in whole if int(row["epoch"]) <= completed]
+        if completed and os.path.lexists(path):
+            kept = _lines(path, completed)
         text = io.StringIO(newline="")
         csv.DictWriter(text, FIELDS).writeheader()
         csv.DictWriter(text, FIELDS, extrasaction="ignore").writerows(kept)
@@ -62,6 +61,18 @@ class Log:
         self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
         self.board.flush()
         self.drawn = time.monotonic()
+
+
+def _lines(path: Path, completed: int) -> list[dict[str, str]]:
+    """Return the whole lines of a log.csv up to an epoch. Raises UserError if it is damaged."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError
+        with path.open(newline="") as file:
+            whole = [row for row in csv.DictReader(file) if None not in row.values()]
+        return [row for row in whole if int(row["epoch"]) <= completed]
+    except (OSError, KeyError, ValueError, csv.Error):
+        raise UserError(f"{path} is damaged: repair it or move it away, then resume") from None
 
 
 def epoch_line(figures: dict[str, Any], left: str) -> str:

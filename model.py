@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import loss
-from checkpoints import load_checkpoint
+from checkpoints import count_weights, is_finite, load_checkpoint
 from classes import FACTOR_SIZES, from_factors
 from utils import UserError, has_bfloat16
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
 CONTRAST_CELLS = 5  # each way, that local contrast is relative to: 10 pixels, half an object
+MAX_STAGES = 8  # whose cells are 256 pixels, to which frames are filled up
 DELETED_SWITCHES = {  # of networks of earlier versions, and what they were in the default one
     "in_channels": 3,
     "num_classes": 49,
@@ -85,8 +86,8 @@ class UNet(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (32, 48, 96, 160)):
         super().__init__()
-        if len(widths) < 2 or min(widths) < 1:
-            raise ValueError(f"a UNet has at least two stages of one channel or more: {widths}")
+        if not 2 <= len(widths) <= MAX_STAGES or min(widths) < 1:
+            raise ValueError(f"a UNet has 2 to {MAX_STAGES} stages, of a channel or more: {widths}")
         self.config = {"widths": list(widths)}
         self.multiple = FOLD ** len(widths)  # pixels: what height and width are padded to
         folded = 4 * FOLD**2  # red, green, blue and grey of the folded pixels
@@ -116,18 +117,26 @@ class UNet(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], path: str | Path) -> "UNet":
         """Return the network of what `load_checkpoint` has read from `path`; else as `load`."""
-        config = dict(checkpoint["model_config"])
-        deeper = set(config.pop("blocks", ())) - {1}
-        odd = [name for name, usual in DELETED_SWITCHES.items() if config.pop(name, usual) != usual]
-        if odd or deeper:
-            raise UserError(
-                f"{path} is a network with another {(odd or ['blocks'])[0]}, "
-                "which this version no longer has: train anew"
-            )
         try:
+            config = dict(checkpoint["model_config"])
+            deeper = set(config.pop("blocks", ())) - {1}
+            odd = [name for name, of in DELETED_SWITCHES.items() if config.pop(name, of) != of]
+            if odd or deeper:
+                raise UserError(
+                    f"{path} is a network with another {(odd or ['blocks'])[0]}, "
+                    "which this version no longer has: train anew"
+                )
+            with torch.device("meta"):  # which takes no memory, whatever widths are claimed
+                size = count_weights(cls(**config).state_dict())
+            if size > count_weights(checkpoint["model"]):
+                raise ValueError(f"{size} weights are more than it holds")
             model = cls(**config)
             model.load_state_dict(checkpoint["model"])  # half precision becomes float32 here
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if not is_finite(model.state_dict()):
+                raise ValueError("some are not finite numbers")
+        except UserError:
+            raise
+        except Exception as error:  # nonsense in the place of numbers raises nearly anything
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines[:2])[:200]
             raise UserError(

@@ -172,7 +172,7 @@ def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> 
             rows = [frames, draw_over(frames, mask)]
         else:
             t = slice(len(frames) // 2, len(frames) // 2 + 1)
-            truth = [read_labels(video).numpy()] if labelled else []
+            truth = [read_labels(video, len(frames), frames.shape[1:3]).numpy()] if labelled else []
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:

@@ -128,13 +128,18 @@ def read_confidence(path: Path) -> dict[int, float]:
     Raises:
         UserError: it is not such a table.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError
         with path.open(newline="") as file:
             rows = csv.DictReader(file)
-            return {int(row["class_id"]): float(row["confidence"]) for row in rows}
-    except (KeyError, TypeError, ValueError, csv.Error):
+            found = {int(row["class_id"]): float(row["confidence"]) for row in rows}
+        if not all(0 <= sure <= 1 for sure in found.values()):
+            raise ValueError
+        return found
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
             f"{path}: not a table of objects as infer.py writes it, delete the file."
         ) from None

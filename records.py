@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,9 +33,19 @@ def makers(made_by: Mapping[str, Any], videos: Iterable[Path]) -> dict[Path, dic
 
 
 def frames_of(video: Path) -> list[list[str | int]]:
-    """Return name, size in bytes and time of change, in nanoseconds, of each frame of a video."""
-    stats = ((path.name, path.stat()) for path in frame_paths(video))
+    """Return name, size in bytes and time of change, in nanoseconds, of each frame of a video.
+
+    Of one that is not there, a link to nothing, say, that of the link.
+    """
+    stats = [(path.name, _stat(path)) for path in frame_paths(video)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()
 
 
 def write_record(
@@ -55,10 +66,12 @@ def why_again(target: Path, made_by: Mapping[str, Any], with_table: bool) -> str
     if not target.is_file():
         return "missing"
     try:
+        if not target.with_name(RECORD).is_file():  # a pipe would be waited for
+            raise OSError
         record = json.loads(target.with_name(RECORD).read_bytes())
         digests = record["mask"], record["table"]
         changed = next((key for key in CHANGES if record.get(key) != made_by.get(key)), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "nothing tells what made them"
     if changed:
         return CHANGES[changed]

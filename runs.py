@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import is_finite, load_checkpoint, save_checkpoint
 from model import UNet
 from optim import MuonAdamW
 from render import DEMO_DATA
@@ -26,6 +27,7 @@ CHECKPOINT_EVERY = 5  # epochs
 SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
 LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
+NAMED = 16  # videos, at most, where the loss is not finite: those of a batch of the usual size
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may wish for: to save, or the number of a signal, all of which are above
 
@@ -77,6 +79,7 @@ class MeanLoss:
     total: float = 0.0  # of the steps that were looked at
     steps: int = 0
     unseen: list[Tensor] = field(default_factory=list)
+    videos: Callable[[int], list[str]] = lambda ago: []  # of a step so many before the latest
 
     def add(self, loss: Tensor) -> None:
         """Take the loss of a step, whenever it will have been computed."""
@@ -94,9 +97,14 @@ class MeanLoss:
         if self.processes and self.processes.count > 1:
             self.processes.add_up(losses)
             losses /= self.processes.count
-        for loss in losses.tolist():
+        for i, loss in enumerate(losses.tolist()):
             if not math.isfinite(loss):
-                raise UserError("the loss is no longer finite: lower --learning-rate")
+                videos = self.videos(len(losses) - 1 - i)
+                more = f" and {len(videos) - NAMED} more" if len(videos) > NAMED else ""
+                where = f", or look at what it had just seen: {', '.join(videos[:NAMED])}{more}"
+                raise UserError(
+                    f"the loss is no longer finite: lower --learning-rate{where if videos else ''}"
+                )
             self.total += loss
             self.steps += 1
         return loss
@@ -160,20 +168,35 @@ class Run:
             raise UserError(f"{path} holds no state to go on from: give another --out")
         if UNet.from_checkpoint(checkpoint, path).config != self.model.config:
             raise UserError(f"{path} is of another network: give its --widths, or another --out")
+        try:
+            self._restore(checkpoint, batch_size)
+        except Exception as error:  # nonsense in the place of numbers raises nearly anything
+            reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+            raise UserError(
+                f"{path} holds no state to go on from ({reason}): give another --out"
+            ) from None
+
+    def _restore(self, checkpoint: dict[str, Any], batch_size: int) -> None:
         state = checkpoint["training"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.best = checkpoint["epoch"], state.get("best", -1.0)
-        self.facts |= {name: checkpoint[name] for name in SCORES if name in checkpoint}
-        self.done = state.get("frames", 0) // batch_size
-        self.loss.total, self.loss.steps = state.get("loss", (0.0, 0))
+        self.facts |= {name: float(checkpoint[name]) for name in SCORES if name in checkpoint}
+        total, steps = state.get("loss", (0.0, 0))
+        numbers = [checkpoint["epoch"], state.get("frames", 0), steps]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"epoch, frames and steps are {numbers}")
+        self.epoch, self.done, self.loss.steps = numbers[0], numbers[1] // batch_size, steps
+        self.best, self.loss.total = float(state.get("best", -1.0)), float(total)
+        if not is_finite(self.model.state_dict()):
+            raise ValueError("weights are not finite numbers")
 
     def save(self, out: Path, figures: dict[str, Any], last_epoch: int, batch_size: int) -> None:
         """Write the checkpoints of the epoch that has just been validated with these `figures`.
 
         The best is chosen by weighted IoU: mIoU jumps by a whole class with one stray pixel.
         """
+        self._must_be_finite()
         self.facts |= {name: figures[name] or 0.0 for name in SCORES}
         improved = self.facts["weighted_iou"] > self.best
         self.best = max(self.best, self.facts["weighted_iou"])
@@ -185,6 +208,7 @@ class Run:
 
     def save_last(self, out: Path, batch_size: int) -> None:
         """Write what `resume` goes on from."""
+        self._must_be_finite()
         training = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -193,6 +217,11 @@ class Run:
             "loss": [self.loss.total, self.loss.steps],
         }
         save_checkpoint(out / LAST, self._checkpoint() | {"training": training})
+
+    def _must_be_finite(self) -> None:
+        """Keep the checkpoints there are: a step whose loss is a number can end in none."""
+        if not (is_finite(self.model.state_dict()) and is_finite(self.average.state_dict())):
+            raise UserError("the weights are no longer finite: lower --learning-rate")
 
     def _checkpoint(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ times the scale, and every pixel of the frame has the class of the object next t
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from model import UNet
 from utils import UserError
+from videos import MAX_PIXELS
 
 FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, and where a checkpoint does not say
 SAME = 0.02  # of the width: so little is nothing to an object
@@ -44,6 +46,9 @@ class Scale(NamedTuple):
 
         Empty if they are seen as they are; else that at which objects are told apart and, if it
         is smaller than the frames, a finer one for their edges.
+
+        Raises:
+            UserError: there is no memory for it.
         """
         factor = self.factor
         if factor is None:
@@ -52,6 +57,11 @@ class Scale(NamedTuple):
                 return []
         factors = [factor, min(1.0, FINEST * factor)] if factor < 1 else [factor]
         sizes = [(max(1, round(height * f)), max(1, round(width * f))) for f in factors]
+        if math.prod(sizes[-1]) > max(MAX_PIXELS, height * width):
+            raise UserError(
+                f"frames of {width} x {height} would be {sizes[-1][1]} x {sizes[-1][0]} for the "
+                "network, which is too large: give a smaller --scale"
+            )
         return [] if sizes[0] == (height, width) else sizes
 
     def describe(self, height: int, width: int) -> str:
@@ -77,7 +87,7 @@ def learned_size(checkpoint: dict[str, Any], path: str | Path) -> tuple[int, int
     """
     size = checkpoint.get("frame_size", FRAME_SIZE)
     whole = isinstance(size, (list, tuple)) and all(type(s) is int and s > 0 for s in size)
-    if not whole or len(size) != 2:
+    if not whole or len(size) != 2 or size[0] * size[1] > MAX_PIXELS:
         raise UserError(f"{path}: frame_size is {size}, not a height and a width: train anew")
     return tuple(size)
 

@@ -17,6 +17,7 @@ state saved.
 
 import argparse
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augment import augment
-from batches import load_data
+from batches import load_data, videos_of
 from log import Log, Pace, epoch_line
-from model import UNet
+from model import MAX_STAGES, UNet
 from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
 from runs import NOTHING, SHIPPED, Keeper, Run, build_model, last_words, load_init
@@ -46,7 +47,7 @@ from utils import (
     run_script,
     seed_everything,
 )
-from validation import draw_some, validate
+from validation import draw_some, is_blind, validate
 
 SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -109,8 +110,8 @@ def parse_args() -> argparse.Namespace:
         args.num_epochs = 30 if args.init and args.init != NOTHING else 8
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
-    if args.widths and len(args.widths) < 2:
-        parser.error("--widths needs two numbers or more, one for each stage")
+    if args.widths and not 2 <= len(args.widths) <= MAX_STAGES:
+        parser.error(f"--widths needs two to {MAX_STAGES} numbers, one for each stage")
     return args
 
 
@@ -206,6 +207,7 @@ def start_run(
         "seed": args.seed,
         "frame_size": list(data[0][0].shape[1:]),  # scale.py asks for it
     }
+    run.loss.videos = lambda ago: videos_of(loader, (run.done - 2 - ago, run.done - 1 - ago))
     run.begin(args.out if args.resume else None, args.batch_size, len(loader), processes)
     if processes.first:
         print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
@@ -295,6 +297,8 @@ def train_epochs(
             run.epoch, run.done = run.epoch + 1, 0
             run.loss.begin()
             if processes.first:
+                if warning := is_blind(figures, run.step, len(loader), total_steps):
+                    print(warning, file=sys.stderr, flush=True)
                 figures["epoch"] = run.epoch
                 log.add(figures)
                 run.save(args.out, figures, args.num_epochs, args.batch_size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from classes import NUM_CLASSES
+from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset
 from log import Log
 from metrics import confusion_matrix, summarise
@@ -17,6 +17,7 @@ from model import for_labelling
 from utils import Processes, mixed_precision
 
 SHOWN = 3  # frames in TensorBoard
+BLIND_STEPS = 100
 
 
 @torch.inference_mode()
@@ -49,6 +50,26 @@ def validate(
     processes.add_up(confusion)
     processes.add_up(total)
     return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
+
+
+def is_blind(figures: dict[str, Any], step: int, steps: int, total: int) -> str:
+    """Return a warning where a network sees no object, once in a run; "" if all is well.
+
+    Args:
+        figures: As of `validate`.
+        step: Steps of training that it has had. For the first BLIND_STEPS, more than twice what
+            one that starts from nothing needs, it may be so.
+        steps: Steps of an epoch.
+        total: Steps of the whole run.
+    """
+    objects = sum(pixels for name, pixels in figures["pixels"].items() if name != CLASS_NAMES[0])
+    now = step - steps < min(BLIND_STEPS, total) <= step
+    if not objects or figures["foreground_iou"] > 0 or not now:
+        return ""
+    return (
+        f"warning: after {step} steps the network sees no object in any validation frame: look at "
+        "the masks with preview.py or dataset.py, and at --learning-rate"
+    )
 
 
 @torch.inference_mode()

@@ -9,6 +9,9 @@ Whether a video can be used is decided here alone, with one wording for each fau
 import logging
 import os
 import re
+import struct
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +31,19 @@ from utils import UserError, usable_cpus
 
 FRAME_NAME = re.compile(r"image_([0-9]+)\.png")
 MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
+MAX_RATIO = 16  # of its sides, unless both are below LONG: brought to the network's width, a sliver
+LONG = 2048  # pixels; as high as the rest allows would take tens of gigabytes
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of the colour types of PNG
+PASSES = ((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2), (2, 2, 1, 0))
+PASSES = {0: ((1, 1, 0, 0),), 1: (*PASSES, (1, 2, 0, 1))}  # steps and starts, if interlaced
+REASON = 100  # characters of a library's own words, or of a mask's: headers can be endless
 logger = logging.getLogger(__name__)
+# What libraries warn of in damaged files is said in a sentence here, or does no harm.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Invalid APNG")
+warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file required")
+warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # a mask's header
+warnings.filterwarnings("ignore", "overflow encountered", module=r"numpy\._core\.memmap")
 
 
 def natural_key(path: str | Path) -> list[list[str | int]]:
@@ -87,21 +102,59 @@ def frame_paths(video: str | Path) -> list[Path]:
 
 def read_frame(path: str | Path) -> Tensor:
     """Return one picture as uint8 (3, H, W), RGB. Raises UserError if it cannot be decoded."""
+    path = Path(path)
     try:
+        _must_be_file(path)
         with Image.open(path, formats=["PNG"]) as png:
-            if png.width * png.height > MAX_PIXELS:
-                raise UserError(f"{path}: {png.width} x {png.height} pixels are too many.")
+            _check_shape(path, png.width, png.height)
             sixteen_bits = any("16" in str(tile.args) for tile in png.tile)
             if sixteen_bits or "transparency" in png.info:
                 raise UserError(f"{path}: not plain 8-bit RGB, convert the file.")
             png.verify()  # the checksums of the pixels, which decoding alone does not look at
         with Image.open(path, formats=["PNG"]) as png:
-            pixels = np.asarray(png if png.mode == "RGB" else png.convert("RGB"))
+            raw = np.asarray(png)
+            pixels = raw if png.mode == "RGB" else np.asarray(png.convert("RGB"))
+        # Rows that are not there stay zeros; the last two are the last of any order of rows.
+        if not all(row.any() for row in raw[-2:]) and not _has_all_rows(path.read_bytes()):
+            raise ValueError("rows are missing")
     except UserError:
         raise
     except Exception:  # damaged files raise nearly anything
         raise UserError(f"{path}: unreadable PNG, replace the file or remove the video.") from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _must_be_file(path: Path) -> None:
+    """Raise OSError for a pipe, which would be waited for, a folder or a device."""
+    if not path.is_file():
+        raise OSError("not a file")
+
+
+def _check_shape(path: Path, width: int, height: int) -> None:
+    """Raise UserError for a size that no frame has."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: {width} x {height} pixels are too many.")
+    short, long = sorted((width, height))
+    if long > max(LONG, MAX_RATIO * short):
+        raise UserError(f"{path}: {width} x {height} pixels are no shape of a frame.")
+
+
+def _has_all_rows(png: bytes) -> bool:
+    """Return whether the pixels of a PNG that Pillow has decoded go on to its last row."""
+    at, packed = 8, []
+    while (name := png[at + 4 : at + 8]) not in (b"IEND", b""):
+        end = at + 8 + int.from_bytes(png[at : at + 4])
+        if name == b"IHDR":
+            width, height, depth, colour, *_, way = struct.unpack(">IIBBBBB", png[at + 8 : at + 21])
+        elif name == b"IDAT":
+            packed.append(png[at + 8 : end])
+        at = end + 4
+    need = 0
+    for step_x, step_y, x, y in PASSES[way]:
+        wide, high = -(-(width - x) // step_x), -(-(height - y) // step_y)
+        if wide > 0 and high > 0:
+            need += high * (1 + -(-wide * depth * CHANNELS[colour] // 8))  # a row and its filter
+    return len(zlib.decompressobj().decompress(b"".join(packed), need)) == need
 
 
 def read_mask(folder: str | Path) -> np.ndarray | None:
@@ -113,12 +166,13 @@ def read_mask(folder: str | Path) -> np.ndarray | None:
     if not os.path.lexists(path):
         return None
     try:
+        _must_be_file(path)
         mask = np.lib.format.open_memmap(path, mode="r")  # np.load, but never a zip or a pickle
     except Exception as error:  # damaged headers raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0][:REASON]
         raise UserError(f"{path}: unreadable mask ({reason}), replace the file.") from None
     if mask.dtype.kind not in "iu" or mask.ndim != 3:
-        what = f"{mask.dtype} {mask.shape}"
+        what = f"{mask.dtype} {mask.shape}"[:REASON]
         raise UserError(f"{path}: holds {what}, not class ids (frames, height, width); replace it.")
     return mask
 
@@ -148,7 +202,7 @@ def read_labels(
     mask = read_mask(folder)
     if mask is None:
         return None
-    if faults := _mask_faults(folder, mask, np.unique(mask), frames, size):
+    if faults := _mask_faults(folder, mask, frames, size)[0]:
         raise UserError(" ".join(faults))
     return torch.from_numpy(mask.astype(np.uint8))
 
@@ -184,9 +238,9 @@ def load_video(video: Path) -> tuple[VideoReport, np.ndarray | None]:
     frames = _check_frames(report)
     mask = report.attempt(read_mask, video)
     if mask is not None:
-        ids = np.unique(mask)
-        report.classes = tuple(i for i in ids.tolist() if 0 <= i < NUM_CLASSES)
-        report.faults += _mask_faults(video, mask, ids, report.frames, report.size)
+        faults, ids = _mask_faults(video, mask, report.frames, report.size)
+        report.classes = tuple(i for i in ids if 0 <= i < NUM_CLASSES)
+        report.faults += faults
     if mask is None or report.faults:
         return report, None
     return report, np.concatenate([torch.stack(frames), mask[:, None].astype(np.uint8)], axis=1)
@@ -211,14 +265,14 @@ def _check_frames(report: VideoReport) -> list[Tensor]:
 
 
 def _mask_faults(
-    folder: Path,
-    mask: np.ndarray,
-    ids: np.ndarray,
-    frames: int | None,
-    size: Sequence[int] | None,
-) -> list[str]:
-    """Return what is wrong with a mask that holds the `ids`, a sentence each."""
-    path, faults = folder / "mask.npy", []
+    folder: Path, mask: np.ndarray, frames: int | None, size: Sequence[int] | None
+) -> tuple[list[str], list[int]]:
+    """Return what is wrong with a mask, a sentence each, and its ids.
+
+    They are not looked at where it is larger than it must be and than a frame can be: a file of
+    terabytes may have no content on the disk.
+    """
+    path, faults, ids = folder / "mask.npy", [], []
     if mask.size == 0:
         faults.append(f"{path}: holds no mask ({mask.shape}), replace the file.")
     if frames is not None and len(mask) != frames:
@@ -226,9 +280,13 @@ def _mask_faults(
         faults.append(f"{path}: too {kind}: {len(mask)} masks, {frames} frames.")
     if size is not None and mask.shape[1:] != tuple(size):
         faults.append(f"{path} is {_pixels(mask.shape[1:])}, frames are {_pixels(size)}.")
-    if names := _few(i for i in ids.tolist() if not 0 <= i < NUM_CLASSES):
+    if mask[0:1].size > MAX_PIXELS:
+        faults.append(f"{path}: {_pixels(mask.shape[1:])} pixels are too many.")
+    if not faults or mask.size <= MAX_PIXELS:
+        ids = sorted({i for frame in mask for i in np.unique(frame).tolist()})
+    if names := _few(i for i in ids if not 0 <= i < NUM_CLASSES):
         faults.append(f"{path}: holds ids outside 0..{NUM_CLASSES - 1}: {names}.")
-    return faults
+    return faults, ids
 
 
 def odd_sizes(sizes: dict[Path, tuple[int, ...]]) -> dict[Path, str]:

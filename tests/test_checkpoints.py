@@ -1,6 +1,7 @@
 """Checkpoints come back as they were, or say in a sentence that they did not."""
 
 import random
+import zipfile
 
 import pytest
 import torch
@@ -48,6 +49,59 @@ def test_a_turned_bit_is_found_or_does_not_matter(tmp_path):
             assert loaded == true
     assert len(sentences) > 30
     assert all(str(tmp_path / "a.pt") in sentence for sentence in sentences)
+
+
+def shared(depth):
+    """Ten references to ten references to ... : a small file, and 10 ** depth values."""
+    values = [0.0]
+    for _ in range(depth):
+        values = [values] * 10
+    return values
+
+
+GOOD = {"model": {"w": torch.ones(2)}, "model_config": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "x"},
+        {"format": torch.ones(2)},
+        {"claim": torch.zeros(1).expand(25_000_000_000)},  # 100 GB
+        {"laughs": shared(12)},
+        {"sparse": torch.ones(2).to_sparse()},
+        {"meta": torch.ones(2, device="meta")},
+        {"what": {1, 2}},
+        {"what": bytearray(3)},
+    ],
+)
+def test_what_train_never_writes_is_one_sentence(tmp_path, change, recwarn):
+    torch.save(GOOD | change, tmp_path / "a.pt")
+    recwarn.clear()
+    with pytest.raises(UserError, match=r"a\.pt"):
+        load_checkpoint(tmp_path / "a.pt")
+    assert not recwarn.list
+
+
+def test_an_archive_that_swells_is_refused_unread(tmp_path):
+    torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_an_archive_without_end_is_named(tmp_path):
+    """Of some PyTorch says "Invalid argument", without a name."""
+    torch.save(GOOD, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    for end in range(len(whole) - 30, len(whole)):
+        (tmp_path / "a.pt").write_bytes(whole[:end] + whole[: len(whole) - end - 1])
+        with pytest.raises(UserError, match=r"a\.pt"):
+            load_checkpoint(tmp_path / "a.pt")
 
 
 BASE = {"w": torch.tensor([0.0, 1.0]), "plain": [1, None, "a", 0.5]}

@@ -1,10 +1,12 @@
 """Figures against torchmetrics, against values by hand, and faults that are named."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import run as run_alone
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -55,6 +57,14 @@ def test_truth_against_itself_and_json(run, tmp_path, labels):
     assert result["shape_accuracy"]["all"] == result["colour_accuracy"]["red"] == 1
     assert result["worst_videos"][0] == {"video": "a/video_2", "miou": 1}
     assert result["command"].startswith("python evaluate.py --pred ")
+
+
+def test_names_that_are_no_text_are_reported(tmp_path, labels):
+    name = os.fsdecode(b"video_\xff")
+    write_video(tmp_path / name, labels)
+    result = run_alone("evaluate.py", "--pred", tmp_path, "--data", tmp_path, errors="replace")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "1.0000  video_\\udcff" in result.stdout
 
 
 def test_counts_all_videos_and_last_frames_apart(run, tmp_path, labels):

@@ -207,6 +207,40 @@ def test_a_faulty_checkpoint_is_named(run, tmp_path, data, content):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_frame_that_is_a_link_to_nothing_costs_its_video_alone(run, tmp_path, data, ckpt):
+    (data / "a/video_10/image_3.png").unlink()
+    (data / "a/video_10/image_3.png").symlink_to("nowhere")
+    arguments = ("--ckpt", ckpt, "--out", tmp_path / "out")
+    for options, said in (((), "2 videos, 25 frames"), (("--resume",), "2 of 3 videos have")):
+        status, out, err = run(*arguments, *options)
+        assert status == 1
+        assert said in out
+        assert "image_3.png: unreadable" in err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"mask":' * 50_000, "[]", "{}", "\0", "1" * 5000])
+def test_records_of_nonsense_make_masks_anew(run, tmp_path, data, ckpt, text):
+    arguments = ("--ckpt", ckpt, "--out", tmp_path / "out", "--data", data / "b")
+    assert run(*arguments)[0] == 0
+    record = tmp_path / "out/video_00001/mask.json"
+    record.write_text(text)
+    status, out, _ = run(*arguments, "--resume")
+    assert status == 0
+    assert "masks of 1 videos are made again: nothing tells what made them" in out
+    record.unlink()
+    os.mkfifo(record)  # which would be waited for
+    assert "nothing tells what made them" in run(*arguments, "--resume")[1]
+
+
+def test_what_a_checkpoint_says_of_its_data_may_be_nonsense(run, tmp_path, network):
+    for data in (5, ["a"], "\0"):
+        checkpoint = {"model": network.state_dict(), "model_config": network.config, "data": data}
+        save_checkpoint(tmp_path / "net.pt", checkpoint)
+        status, _, err = run("--ckpt", tmp_path / "net.pt", "--out", tmp_path / "out")
+        assert status == 2
+        assert "net.pt was trained on" in err
+
+
 def test_nothing_to_label(run, tmp_path, ckpt):
     (tmp_path / "empty").mkdir()
     for data in (tmp_path / "empty", tmp_path / "absent"):

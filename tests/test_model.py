@@ -250,7 +250,30 @@ def test_with_a_mask_forward_is_the_loss_and_frames_have_theirs():
     torch.testing.assert_close(each.mean(), loss)  # as many object pixels in each
 
 
-@pytest.mark.parametrize("widths", [(8,), (), (8, 0)])
+@pytest.mark.parametrize("widths", [(8,), (), (8, 0), [8] * 9])
 def test_impossible_configurations_are_refused(widths):
-    with pytest.raises(ValueError, match="two stages"):
+    with pytest.raises(ValueError, match="2 to 8 stages"):
         UNet(widths=widths)
+
+
+NONSENSE = [
+    *({"widths": widths} for widths in ("ab", None, 5, [8, "16"], [8.0, 16.0], [-8, 16])),
+    *({"widths": widths} for widths in ([10**9] * 2, [30_000] * 2, [10**40, 8], [8] * 10_000)),
+    *({"blocks": blocks} for blocks in (5, [[1]])),
+    *({"in_channels": torch.zeros(3)}, {3: 4}, {"depth": 2}),
+]
+
+
+@pytest.mark.parametrize("config", NONSENSE, ids=str)
+def test_configurations_of_nonsense_take_no_memory_and_get_a_sentence(config):
+    state = UNet(widths=(8, 16)).state_dict()
+    with pytest.raises(UserError, match=r"some\.pt do not fit"):
+        UNet.from_checkpoint({"model": state, "model_config": config}, "some.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value):
+    state = UNet(widths=(8, 16)).state_dict()
+    state["encoder.0.0.norm1.running_var"][3] = value
+    with pytest.raises(UserError, match=r"some\.pt do not fit .*not finite"):
+        UNet.from_checkpoint({"model": state, "model_config": {"widths": [8, 16]}}, "some.pt")

@@ -150,6 +150,24 @@ def test_wrong_folders_are_one_sentence(tmp_path, call):
         assert (status, sentence in err) == (2, True), err
 
 
+@pytest.mark.parametrize("sure", ["nan", "inf", "-1", "1.5", "x", None])
+def test_tables_of_nonsense_are_named_and_the_video_is_shown(tmp_path, call, sure):
+    add(tmp_path, "video_0")
+    table = tmp_path / "masks/video_0/objects.csv"
+    table.write_text(TABLE.replace("0.6", sure)) if sure else os.mkfifo(table)
+    status, out, err = call(preview, *everything(tmp_path))
+    assert (status, out.split(":")[0]) == (1, "1 videos")
+    assert f"{table}: not a table of objects" in err
+
+
+def test_strip_of_labels_that_do_not_fit_is_one_sentence(tmp_path, call):
+    add(tmp_path, "video_0", truth=torch.zeros(2, 8, 8, dtype=torch.uint8))
+    sources = ("--masks", tmp_path / "masks", "--data", tmp_path / "data")
+    status, _, err = call(preview, *sources, "--strip", tmp_path / "s.png")
+    assert status == 2
+    assert "data/video_0/mask.npy: too short: 2 masks, 4 frames" in err
+
+
 @pytest.mark.parametrize(("name", "frames"), [("s.png", 1), ("s.webp", 4), ("s.gif", 4)])
 def test_strip_is_a_picture_that_moves_if_its_name_says_so(tmp_path, call, name, frames):
     add(tmp_path, "video_0")

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from batches import load_data, videos_of
 from checkpoints import save_checkpoint
-from log import Pace, in_words
-from runs import BEST, LAST, MeanLoss, last_words
-from utils import UserError
+from classes import CLASS_NAMES
+from log import Log, Pace, in_words
+from model import UNet
+from runs import BEST, LAST, MeanLoss, Run, last_words
+from utils import Processes, UserError
+from validation import is_blind
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence():
@@ -19,6 +23,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence():
         loss.add(torch.tensor(value))
     with pytest.raises(UserError, match="lower --learning-rate"):
         loss.look()
+
+
+def test_a_loss_that_is_not_finite_names_what_was_just_seen(data):
+    processes = Processes(torch.device("cpu"))
+    loader, _ = load_data(data, 4, 0, False, 0, processes)
+    loader.batch_sampler.epoch = 3
+    seen = [
+        {str(loader.dataset.videos[loader.dataset.index[i][0]]) for i in batch}
+        for batch in loader.batch_sampler
+    ]
+    assert videos_of(loader, (-1, 0)) == sorted(seen[0])
+    assert videos_of(loader, (0, 7)) == sorted(seen[0] | seen[7])
+    loss = MeanLoss(videos=lambda ago: [f"video_{ago}_{i}" for i in range(18)])
+    for value in (1.0, float("inf"), 1.0, 1.0):
+        loss.add(torch.tensor(value))
+    with pytest.raises(UserError, match=r"video_2_0, .*, video_2_15 and 2 more$"):
+        loss.look()
+
+
+def test_weights_that_are_not_finite_do_not_replace_those_that_are(tmp_path):
+    """A step of which the loss was still a number can end in none."""
+    run = Run.start(UNet(widths=(8, 16)))
+    figures = {"miou": 0.5, "weighted_iou": 0.5}
+    run.save(tmp_path, figures, 1, 4)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(run.model.parameters())[0] = float("nan")
+    for save in (lambda: run.save_last(tmp_path, 4), lambda: run.save(tmp_path, figures, 0, 4)):
+        with pytest.raises(UserError, match="lower --learning-rate"):
+            save()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_mean_loss_does_not_depend_on_when_it_is_looked_at():
@@ -103,3 +138,60 @@ def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monk
     assert typed[2:] == ["--ckpt", str(out / BEST), "--out", "masks", "--data", "my videos"]
     (out / BEST).unlink()
     assert last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(b"\n1,", b"\nx,"),
+        lambda text: text.replace(b"epoch", b"Epoch"),
+        lambda text: text.replace(b"0.5", b"\xff"),
+        lambda text: b"",
+    ],
+)
+def test_a_log_that_is_damaged_is_named_and_left_as_it_is(tmp_path, damage):
+    text = b"epoch,train_loss,val_loss,miou,foreground_iou,lr,frames_per_s,weighted_iou\n"
+    text = damage(text + b"1,0.5,0.5,0.5,0.5,0.5,0.5,0.5\n")
+    (tmp_path / "log.csv").write_bytes(text)
+    if text:
+        with pytest.raises(UserError, match=r"log\.csv is damaged"):
+            Log(tmp_path, 1)
+        assert (tmp_path / "log.csv").read_bytes() == text
+    else:
+        Log(tmp_path, 1)  # nothing in it that could be lost
+
+
+NONSENSE = [
+    *(("epoch", value) for value in ("3", -1, 1.5, None, True)),
+    *(("weighted_iou", value) for value in ("best", [])),
+    *(("training", value) for value in ({}, [], "x")),
+    *((("training", "frames"), value) for value in ("3", -4)),
+    *((("training", "loss"), value) for value in (3, [1.0], ["x", 1])),
+    *((("training", "optimizer"), value) for value in ({}, {"adamw": {}, "velocities": []})),
+    (("training", "model"), {}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE)
+def test_a_state_of_nonsense_is_one_sentence(tmp_path, key, value):
+    run = Run.start(UNet(widths=(8, 16)))
+    run.save_last(tmp_path, 4)
+    checkpoint = torch.load(tmp_path / LAST, weights_only=True)
+    if isinstance(key, tuple):
+        checkpoint[key[0]][key[1]] = value
+    else:
+        checkpoint[key] = value
+    del checkpoint["digest"]
+    save_checkpoint(tmp_path / LAST, checkpoint)
+    with pytest.raises(UserError, match=rf"{LAST} holds no state to go on from"):
+        run.resume(tmp_path / LAST, 4)
+
+
+def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
+    figures = {"foreground_iou": 0.0, "pixels": {"background": 9, CLASS_NAMES[3]: 1}}
+    told = [step for step in range(20, 400, 20) if is_blind(figures, step, 20, 400)]
+    assert told == [100]
+    assert [step for step in (20, 40, 60) if is_blind(figures, step, 20, 60)] == [60]
+    assert not is_blind(figures | {"foreground_iou": 0.01}, 100, 20, 400)
+    figures["pixels"][CLASS_NAMES[3]] = 0
+    assert not is_blind(figures, 100, 20, 400)

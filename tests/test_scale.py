@@ -184,9 +184,16 @@ def test_the_checkpoint_says_what_size_it_learned(run, tmp_path, frames):
     status, _, err = run(*arguments, tmp_path / "out")
     assert status == 2
     assert "net.pt: frame_size is [320]" in err
-    for size in (None, 160, "aa", [0, 240], [160.0, 240]):
+    for size in (None, 160, "aa", [0, 240], [160.0, 240], [10**9, 10**9]):
         with pytest.raises(UserError, match="frame_size"):
             learned_size({"frame_size": size}, "net.pt")
+
+
+def test_frames_that_would_be_enlarged_beyond_memory_are_refused():
+    assert Scale((160, 240)).sizes(64, 4) == [(1024, 64)]
+    with pytest.raises(UserError, match="frames of 500 x 8000 would be 8000 x 128000"):
+        Scale((5000, 6000), 16.0).sizes(8000, 500)
+    assert Scale(factor=1.0).sizes(8000, 8000) == []
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "100", "large"])

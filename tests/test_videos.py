@@ -122,6 +122,70 @@ def write_png(path, *chunks):
     path.write_bytes(data)
 
 
+def few_rows(video):  # in whole zlib streams with right checksums: Pillow leaves the rest black
+    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + 3 * SIZE[1]) * (SIZE[0] - 1))
+    write_png(video / "image_1.png", (b"IHDR", header), (b"IDAT", rows))
+
+
+def sliver(video):  # which would be 16 times as wide and as high for the network
+    rows = zlib.compress(bytes(3_000_000 * 4))
+    header = struct.pack(">IIBBBBB", 1, 3_000_000, 8, 2, 0, 0, 0)
+    write_png(video / "image_1.png", (b"IHDR", header), (b"IDAT", rows))
+
+
+def large_bomb(video):  # Pillow warns of such a size and opens it
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    write_png(video / "image_1.png", (b"IHDR", header), (b"IDAT", zlib.compress(b"")))
+
+
+def broken_animation(video):
+    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 8, 2, 0, 0, 0)
+    twice = [(b"acTL", struct.pack(">II", 2, 0))] * 2
+    write_png(video / "image_1.png", (b"IHDR", header), *twice, (b"IDAT", zlib.compress(b"")))
+
+
+def pipe(video):  # it would be waited for until someone writes to it
+    (video / "image_1.png").unlink()
+    os.mkfifo(video / "image_1.png")
+
+
+def folder_of_that_name(video):
+    (video / "image_1.png").unlink()
+    (video / "image_1.png").mkdir()
+
+
+def pipe_of_masks(video):
+    (video / "mask.npy").unlink()
+    os.mkfifo(video / "mask.npy")
+
+
+def write_header(video, text, body=b""):
+    """Write a mask.npy of these words."""
+    content = text.encode("latin1") + b"\n"
+    start = b"\x93NUMPY\1\0" + struct.pack("<H", len(content))
+    (video / "mask.npy").write_bytes(start + content + body)
+
+
+def header_that_warns(video):  # Python, of what it parses
+    write_header(video, "{'descr': 1is 1, 'fortran_order': False, 'shape': (3, 6, 8), }")
+
+
+def header_without_end(video):
+    write_header(video, f"{{'descr': '|u1', 'fortran_order': '{'no' * 4_000}', 'shape': (3,), }}")
+
+
+def shape_that_overflows(video):
+    huge = "(9223372036854775807, 9223372036854775807, 0)"
+    write_header(video, f"{{'descr': '|u1', 'fortran_order': False, 'shape': {huge}, }}", b"?" * 9)
+
+
+def mask_of_terabytes(video):  # of which a file system stores nothing
+    shape = "(3, 1000000, 1000000)"
+    write_header(video, f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}")
+    os.truncate(video / "mask.npy", 3_000_000_001_000)
+
+
 def odd_frame(video):
     PIL.Image.new("RGB", (5, 5)).save(video / "image_1.png")
 
@@ -195,6 +259,12 @@ FAULTS = {
     sixteen_bit_colours: "image_1.png: not plain 8-bit RGB",
     bomb: "image_1.png: ",
     jpeg: "image_1.png: unreadable",
+    few_rows: "image_1.png: unreadable",
+    sliver: "image_1.png: 1 x 3000000 pixels are no shape of a frame",
+    large_bomb: "image_1.png: 10000 x 10000 pixels are too many",
+    broken_animation: "image_1.png: unreadable",
+    pipe: "image_1.png: unreadable",
+    folder_of_that_name: "image_1.png: unreadable",
     odd_frame: "frames of different sizes: 8 x 6, 5 x 5",
     odd_video: "frames are 5 x 4, those of most labelled videos 8 x 6",
     short_mask: "too short: 2 masks, 3 frames",
@@ -209,9 +279,15 @@ FAULTS = {
     pickled_mask: "mask.npy: unreadable",
     zipped_mask: "mask.npy: unreadable",
     truncated_mask: "mask.npy: unreadable",
+    pipe_of_masks: "mask.npy: unreadable",
+    header_that_warns: "mask.npy: unreadable",
+    header_without_end: "mask.npy: unreadable",
+    shape_that_overflows: "mask.npy: ",
+    mask_of_terabytes: "mask.npy is 1000000 x 1000000, frames are 8 x 6",
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # pytest's own filters let pass what videos.py does not
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
 def test_each_fault_is_named_and_the_video_left_out(data, damage, call, caplog):
     CLEVRDataset(data)  # the cache from before must not hide the fault
@@ -281,10 +357,14 @@ def test_report_from_the_command_line(data):
     damaged_png(data / "video0")
     (data / os.fsdecode(b"video_\xff")).mkdir()  # no text in any encoding
     (data / os.fsdecode(b"video_\xff") / "image_0.png").touch()
+    warned_of = (large_bomb, broken_animation, header_that_warns, shape_that_overflows)
+    for k, damage in enumerate(warned_of):  # by libraries, which is not for the user's eyes
+        damage(make_video(data / f"{k}"))
     result = run("dataset.py", data)
     assert result.returncode == 1
-    assert "videos with faults: 2" in result.stdout
+    assert "videos with faults: 6" in result.stdout
     assert not result.stderr
+    assert max(map(len, result.stdout.splitlines())) < 300 + len(str(data))
 
 
 def test_report_without_videos(tmp_path, call):
