@@ -282,7 +282,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kill", [True, False])
+@pytest.mark.parametrize("kill", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_killed_worker_or_a_ctrl_c_while_workers_start_is_one_line(kill, tmp_path):
     """What reaches all processes at a terminal is the first one's alone."""
     (tmp_path / "stop.py").write_text(STOP.replace("WORKER", repr(kill)))
