@@ -42,7 +42,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     those that another has left alone exit with 1. Anything else is a bug and keeps its traceback.
     """
     keep_freed_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    if hasattr(sys.stdout, "reconfigure"):  # not where a program catches what is printed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         status = main() or 0
         sys.stdout.flush()  # here, where a broken pipe can still be caught
