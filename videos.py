@@ -66,12 +66,19 @@ def find_videos(root: str | Path) -> list[Path]:
     def warn(error: OSError) -> None:
         logger.warning("%s: left out, the folder cannot be read", error.filename)
 
-    for folder, below, files in os.walk(root, onerror=warn, followlinks=True):
-        real = os.path.realpath(folder)
-        below[:] = [] if real in seen else sorted(d for d in below if not d.startswith("."))
-        if real not in seen and any(FRAME_NAME.fullmatch(name) for name in files):
-            videos.append(Path(folder))
-        seen.add(real)
+    folders = [str(root)]
+    while folders:  # os.walk goes down by recursion before Python 3.12, and that ends
+        top = folders.pop()
+        for folder, below, files in os.walk(top, onerror=warn, followlinks=True):
+            found = Path(folder).stat()
+            real = found.st_dev, found.st_ino  # its path takes the square of the depth to resolve
+            if real not in seen:
+                if any(FRAME_NAME.fullmatch(name) for name in files):
+                    videos.append(Path(folder))
+                inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
+                folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
+            seen.add(real)
+            below.clear()
     if not videos:
         raise UserError(f"{root}: no video in it, a video is a folder that holds image_0.png, ...")
     return sorted(videos, key=lambda video: (natural_key(video), str(video)))
@@ -110,6 +117,9 @@ def read_frame(path: str | Path) -> Tensor:
             sixteen_bits = any("16" in str(tile.args) for tile in png.tile)
             if sixteen_bits or "transparency" in png.info:
                 raise UserError(f"{path}: not plain 8-bit RGB, convert the file.")
+            png.fp.seek(12)
+            if png.fp.read(4) != b"IHDR":  # pixels before it are decoded into nonsense
+                raise ValueError("no header")
             png.verify()  # the checksums of the pixels, which decoding alone does not look at
         with Image.open(path, formats=["PNG"]) as png:
             raw = np.asarray(png)
@@ -144,7 +154,7 @@ def _has_all_rows(png: bytes) -> bool:
     at, packed = 8, []
     while (name := png[at + 4 : at + 8]) not in (b"IEND", b""):
         end = at + 8 + int.from_bytes(png[at : at + 4])
-        if name == b"IHDR":
+        if name == b"IHDR" and not packed:  # a later one does not count, and may claim anything
             width, height, depth, colour, *_, way = struct.unpack(">IIBBBBB", png[at + 8 : at + 21])
         elif name == b"IDAT":
             packed.append(png[at + 8 : end])

@@ -99,6 +99,23 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture
+def deep(tmp_path):
+    """Return how to make folders in each other in tmp_path, more than pytest itself can delete."""
+    here = Path.cwd()
+
+    def make(depth: int) -> None:
+        """Go down to the last of them."""
+        os.chdir(tmp_path)
+        for _ in range(depth):
+            Path("d").mkdir()
+            os.chdir("d")
+
+    yield make
+    os.chdir(here)
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+@pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch):
     """Keep decoded frames of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

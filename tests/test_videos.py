@@ -41,6 +41,12 @@ def test_videos_come_in_natural_order_at_any_depth(tmp_path):
     assert found[5:] == ["video_10", "z/deep/video_3"]
 
 
+def test_folders_may_lie_deeper_than_python_can_recurse(tmp_path, deep):
+    deep(1_100)
+    PIL.Image.new("RGB", (2, 2)).save("image_0.png")
+    assert len(find_videos(tmp_path)[0].parts) == 1_100 + len(tmp_path.parts)
+
+
 def test_links_to_videos_are_followed(tmp_path):
     make_video(tmp_path / "elsewhere" / "video_1", frames=1)
     (tmp_path / "data").mkdir()
@@ -126,6 +132,12 @@ def few_rows(video):  # in whole zlib streams with right checksums: Pillow leave
     header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(1 + 3 * SIZE[1]) * (SIZE[0] - 1))
     write_png(video / "image_1.png", (b"IHDR", header), (b"IDAT", rows))
+
+
+def pixels_before_the_header(video):
+    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 8, 2, 0, 0, 0)
+    pixels = b"IDAT", zlib.compress(bytes(1000))
+    write_png(video / "image_1.png", pixels, (b"IHDR", header), pixels)
 
 
 def sliver(video):  # which would be 16 times as wide and as high for the network
@@ -260,6 +272,7 @@ FAULTS = {
     bomb: "image_1.png: ",
     jpeg: "image_1.png: unreadable",
     few_rows: "image_1.png: unreadable",
+    pixels_before_the_header: "image_1.png: unreadable",
     sliver: "image_1.png: 1 x 3000000 pixels are no shape of a frame",
     large_bomb: "image_1.png: 10000 x 10000 pixels are too many",
     broken_animation: "image_1.png: unreadable",
@@ -429,6 +442,19 @@ def test_a_picture_with_right_checksums_and_wrong_pixels_is_named(tmp_path):
         write_png(tmp_path / f"image_{i}.png", (b"IHDR", header), (b"IDAT", pixels))
         with pytest.raises(UserError, match=f"image_{i}"):
             read_frame(tmp_path / f"image_{i}.png")
+
+
+def test_a_header_after_the_pixels_claims_nothing(tmp_path):
+    sizes = [(SIZE[1], SIZE[0]), (60_000, 60_000)]
+    first, second = ((b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)) for size in sizes)
+    rows = zlib.compress(bytes(100_000_000))  # all black, and far more than the first one claims
+    write_png(tmp_path / "image_0.png", first, (b"IDAT", rows), second)
+    tracemalloc.start()
+    try:
+        assert read_frame(tmp_path / "image_0.png").shape == (3, *SIZE)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
