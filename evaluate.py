@@ -10,6 +10,7 @@ frame. A ghost is a class that is predicted in a video and not there; a class is
 and of which more than half is found in no frame.
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -31,7 +32,7 @@ from metrics import (
     video_figures,
 )
 from utils import UserError, make_parser, run_script
-from videos import find_videos, frame_paths, read_labels
+from videos import find_videos, frame_paths, read_frame, read_labels, read_mask
 
 NUM_WORST = 10  # videos listed at the end of the report
 
@@ -88,15 +89,15 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     """
     tally, missing, skipped = Tally(), [], 0
     for video in find_videos(data):
+        name = video.relative_to(data)  # "." if `data` is itself a video
         try:
-            truth = read_labels(video, frames=len(frame_paths(video)))
+            truth = read_truth(video, pred / name)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
             continue
         if truth is None:
             continue
-        name = video.relative_to(data)  # "." if `data` is itself a video
         mask = read_labels(pred / name, len(truth), truth.shape[1:])
         if mask is None:
             missing.append(pred / name / "mask.npy")
@@ -111,6 +112,23 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     if not tally.videos:
         raise UserError(f"{data} holds no labelled video to score ({skipped} skipped)")
     return {"skipped": skipped, **tally.figures()}
+
+
+def read_truth(video: Path, pred: Path) -> Tensor | None:
+    """Return the true labels of a video, (T, H, W), or None if it has none.
+
+    A frame is looked at only where the prediction has another size, to know whose fault that is.
+
+    Raises:
+        UserError: they are faulty, or not of the size of the frames.
+    """
+    frames = frame_paths(video)
+    truth, mask = read_labels(video, len(frames)), None
+    with contextlib.suppress(UserError):  # what is wrong with the prediction is said later
+        mask = read_mask(pred)
+    if truth is not None and mask is not None and mask.shape[1:] != truth.shape[1:]:
+        read_labels(video, size=read_frame(frames[0]).shape[1:])
+    return truth
 
 
 def report(result: dict[str, Any]) -> str:

@@ -67,6 +67,20 @@ def test_names_that_are_no_text_are_reported(tmp_path, labels):
     assert "1.0000  video_\\udcff" in result.stdout
 
 
+def test_labels_of_another_size_than_the_frames_are_not_the_prediction_s_fault(
+    run, tmp_path, labels
+):
+    for name in ("a", "b"):
+        write_video(tmp_path / "data" / name, labels)
+        write_mask(tmp_path / "pred" / name, labels)
+    np.save(tmp_path / "data/a/mask.npy", labels.swapaxes(1, 2))
+    status, out, err = run("--pred", tmp_path / "pred", "--data", tmp_path / "data")
+    assert status == 0
+    assert "1 (3 frames, 1 skipped for faulty labels)" in out
+    assert "skipped: " in err
+    assert "data/a/mask.npy is 4 x 6, frames are 6 x 4" in err
+
+
 def test_counts_all_videos_and_last_frames_apart(run, tmp_path, labels):
     good, bad = labels.copy(), labels.copy()
     bad[-1] = 0  # one video has nothing in its last frame
