@@ -45,7 +45,8 @@ class Log:
         self.lines.writerow({name: figures[name] for name in FIELDS})
         os.fsync(self.file.fileno())  # before the checkpoint, with which the line is never redone
         for name in FIELDS[1:]:
-            self.board.add_scalar(name, figures[name], epoch)
+            if figures[name] is not None:  # as where no frame has an object
+                self.board.add_scalar(name, figures[name], epoch)
         for name, iou in figures["per_class"].items():
             if figures["pixels"][name]:
                 self.board.add_scalar(f"iou/{name}", iou, epoch)
@@ -81,7 +82,7 @@ def epoch_line(figures: dict[str, Any], left: str) -> str:
         f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
         f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
         f"weighted IoU {figures['weighted_iou'] or 0:.3f}, "
-        f"foreground IoU {figures['foreground_iou']:.3f}; "
+        f"foreground IoU {figures['foreground_iou'] or 0:.3f}; "
         f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data"
         f"{left and '; '}{left}"
     )

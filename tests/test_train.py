@@ -471,3 +471,19 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, needle, tmp_path, mon
     assert status == 2
     assert needle in error
     assert "Traceback" not in error
+
+
+def test_videos_without_an_object_can_be_validated_on(videos, tmp_path, call):
+    """Figures that are not defined there are left out, not a traceback after the first epoch."""
+    shutil.copytree(videos, tmp_path / "data/train")
+    empty = tmp_path / "data/val/video_0"
+    shutil.copytree(videos / "video_0", empty)
+    np.save(empty / "mask.npy", np.zeros_like(np.load(empty / "mask.npy")))
+    arguments = ("--data", tmp_path / "data", "--num-epochs", 2, *TINY)
+    out = tmp_path / "out"
+    for command in (arguments[:3] + (1, *TINY), (*arguments, "--resume")):
+        status, said, err = call(train, *command, "--out", out)
+        assert (status, "Traceback" in err) == (0, False), err
+        assert "weighted IoU 0.000" in said
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [(row["epoch"], row["weighted_iou"]) for row in rows] == [("1", ""), ("2", "")]
