@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,8 @@ def build(path, cache, barrier, kill):
     fsync, calls = os.fsync, itertools.count()
 
     def die_in_the_second_file(descriptor):
-        if next(calls) > 1:  # the first file and its folder are on the disk
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)  # threads write, and sync folders too
+        if is_file and next(calls) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 
