@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
+from classes import CLASS_NAMES, NUM_CLASSES
 from files import atomic_write, delete_scraps
 from utils import UserError, make_parser, run_script
 from videos import (
@@ -29,9 +31,10 @@ from videos import (
     find_videos,
     frame_paths,
     in_threads,
+    inspect_video,
     load_video,
     odd_sizes,
-    print_report,
+    pixels,
     read_frame,
     read_mask,
     read_video,
@@ -239,6 +242,31 @@ def _save_whole(file: Path, block: np.ndarray) -> None:
     with suppress(FileNotFoundError):  # another process deletes them too
         for old in set(file.parent.glob("*.npy")) - {file}:
             old.unlink()
+
+
+def print_report(path: str | Path) -> int:
+    """Print what the videos below `path` hold and their faults; return how many have a fault."""
+    reports = list(in_threads(inspect_video, find_videos(path), "reading"))
+    odd = odd_sizes({r.video: r.size for r in reports if r.labelled and not r.faults})
+    kinds = Counter()
+    for r in reports:
+        r.faults += [odd[r.video]] if r.video in odd else []
+        size = pixels(r.size) if r.size else "no readable frame"
+        mask = "labelled" if r.labelled else "without mask.npy"
+        kinds[f"{r.video.parent}", f"{r.frames} frames, {size}, {mask}"] += 1
+    print(f"{path}: {len(reports)} videos, {sum(r.frames for r in reports)} frames")
+    for (folder, kind), count in kinds.items():
+        print(f"  {folder}: {count} x {kind}")
+    present = Counter(i for r in reports for i in r.classes)
+    titles = " (id, name, videos)" if present else ""
+    print(f"classes present: {len(present)} of {NUM_CLASSES}{titles}")
+    for i in sorted(present):
+        print(f"  {i:2}  {CLASS_NAMES[i]:22}{present[i]:6}")
+    faulty = [r for r in reports if r.faults]
+    print(f"videos with faults: {len(faulty)}")
+    for r in faulty:
+        print("\n".join(f"  {fault}" for fault in r.faults))
+    return len(faulty)
 
 
 def main() -> int:

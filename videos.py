@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from classes import CLASS_NAMES, NUM_CLASSES
+from classes import NUM_CLASSES
 from utils import UserError, usable_cpus
 
 FRAME_NAME = re.compile(r"image_([0-9]+)\.png")
@@ -269,7 +269,7 @@ def _check_frames(report: VideoReport) -> list[Tensor]:
     frames = [frame for path in paths if (frame := report.attempt(read_frame, path)) is not None]
     sizes = list(dict.fromkeys(tuple(frame.shape[1:]) for frame in frames))
     if len(sizes) > 1:
-        report.faults.append(f"{video}: frames of different sizes: {_few(map(_pixels, sizes))}.")
+        report.faults.append(f"{video}: frames of different sizes: {_few(map(pixels, sizes))}.")
     report.frames, report.size = len(paths), sizes[0] if sizes else None
     return frames
 
@@ -289,9 +289,9 @@ def _mask_faults(
         kind = "short" if len(mask) < frames else "long"
         faults.append(f"{path}: too {kind}: {len(mask)} masks, {frames} frames.")
     if size is not None and mask.shape[1:] != tuple(size):
-        faults.append(f"{path} is {_pixels(mask.shape[1:])}, frames are {_pixels(size)}.")
+        faults.append(f"{path} is {pixels(mask.shape[1:])}, frames are {pixels(size)}.")
     if mask[0:1].size > MAX_PIXELS:
-        faults.append(f"{path}: {_pixels(mask.shape[1:])} pixels are too many.")
+        faults.append(f"{path}: {pixels(mask.shape[1:])} pixels are too many.")
     if not faults or mask.size <= MAX_PIXELS:
         ids = sorted({i for frame in mask for i in np.unique(frame).tolist()})
     if names := _few(i for i in ids if not 0 <= i < NUM_CLASSES):
@@ -304,8 +304,8 @@ def odd_sizes(sizes: dict[Path, tuple[int, ...]]) -> dict[Path, str]:
     if not sizes:
         return {}
     most = Counter(sizes.values()).most_common(1)[0][0]
-    text = f"{{}}: frames are {{}}, those of most labelled videos {_pixels(most)}."
-    return {v: text.format(v, _pixels(size)) for v, size in sizes.items() if size != most}
+    text = f"{{}}: frames are {{}}, those of most labelled videos {pixels(most)}."
+    return {v: text.format(v, pixels(size)) for v, size in sizes.items() if size != most}
 
 
 def _few(items: Iterable) -> str:
@@ -313,7 +313,8 @@ def _few(items: Iterable) -> str:
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
-def _pixels(size: Sequence[int]) -> str:
+def pixels(size: Sequence[int]) -> str:
+    """Return a (height, width) as people read it: width x height."""
     return f"{size[1]} x {size[0]}"
 
 
@@ -322,28 +323,3 @@ def in_threads(job: Callable, videos: Sequence[Path], label: str) -> Iterator:
     with ThreadPoolExecutor(min(16, usable_cpus())) as pool:
         results = pool.map(job, videos)
         yield from tqdm(results, label, len(videos), leave=False, disable=None, unit="video")
-
-
-def print_report(path: str | Path) -> int:
-    """Print what the videos below `path` hold and their faults; return how many have a fault."""
-    reports = list(in_threads(inspect_video, find_videos(path), "reading"))
-    odd = odd_sizes({r.video: r.size for r in reports if r.labelled and not r.faults})
-    kinds = Counter()
-    for r in reports:
-        r.faults += [odd[r.video]] if r.video in odd else []
-        size = _pixels(r.size) if r.size else "no readable frame"
-        mask = "labelled" if r.labelled else "without mask.npy"
-        kinds[f"{r.video.parent}", f"{r.frames} frames, {size}, {mask}"] += 1
-    print(f"{path}: {len(reports)} videos, {sum(r.frames for r in reports)} frames")
-    for (folder, kind), count in kinds.items():
-        print(f"  {folder}: {count} x {kind}")
-    present = Counter(i for r in reports for i in r.classes)
-    titles = " (id, name, videos)" if present else ""
-    print(f"classes present: {len(present)} of {NUM_CLASSES}{titles}")
-    for i in sorted(present):
-        print(f"  {i:2}  {CLASS_NAMES[i]:22}{present[i]:6}")
-    faulty = [r for r in reports if r.faults]
-    print(f"videos with faults: {len(faulty)}")
-    for r in faulty:
-        print("\n".join(f"  {fault}" for fault in r.faults))
-    return len(faulty)

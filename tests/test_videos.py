@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataset
-import videos
 from dataset import CLEVRDataset
 from utils import UserError
 from videos import find_labelled, find_videos, frame_paths, inspect_video, read_frame, read_video
@@ -500,7 +499,7 @@ def test_ctrl_c_ends_the_report_without_a_traceback(data, call, monkeypatch):
     def interrupt(video):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(videos, "inspect_video", interrupt)
+    monkeypatch.setattr(dataset, "inspect_video", interrupt)
     status, _, err = call(dataset, data)
     assert (status, err.strip()) == (130, "interrupted")
 
