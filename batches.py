@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset import CLEVRDataset, split_videos
-from utils import Processes, UserError, usable_cpus
+from utils import Processes, UserError, usable_cpus, why_alone
 
 MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
 MAX_LANES = 16  # threads that label videos of their own
@@ -233,8 +233,14 @@ def choose_workers(
     if asked is None:
         cores = usable_cpus() // processes.local_count - 1  # one feeds the device
         asked = 0 if processes.device.type == "cpu" else min(most, max(0, cores))
+    if not asked:
+        return 0
+    if why := why_alone():
+        if processes.first:
+            print(f"no workers, each process reads for itself ({why})")
+        return 0
     shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
-    if not asked or not shared.is_dir():
+    if not shared.is_dir():  # not Linux
         return asked
     free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
     fit = free * processes.count // ahead

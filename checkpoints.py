@@ -5,6 +5,7 @@ tensors of the right shapes, and PyTorch reads it.
 """
 
 import hashlib
+import io
 import logging
 import warnings
 import zipfile
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from errors import no_memory
 from files import atomic_write
 from utils import VERSION, UserError
 
@@ -28,8 +30,10 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """
     checkpoint = _on_cpu({**checkpoint, "format": CHECKPOINT_FORMAT, "version": VERSION})
     checkpoint["digest"] = digest(checkpoint)
+    packed = io.BytesIO()  # where torch cannot write it raises RuntimeError, whatever the cause
+    torch.save(checkpoint, packed)
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        file.write(packed.getbuffer())
 
 
 def _on_cpu(value: Any) -> Any:
@@ -90,7 +94,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.filename:  # else it is torch's, of the content
             raise
         raise UserError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__}): "
+            f"{path} is damaged or not a checkpoint ({no_memory(error) or type(error).__name__}): "
             "give a file that train.py wrote"
         ) from None
     if not isinstance(checkpoint, dict) or not checkpoint:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and what killed writers of them leave."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -19,20 +20,29 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
     Written beside its final place, flushed to disk, then renamed over it. If the block raises,
     `path` keeps what it held before. What killed writers of `path` have left is deleted first.
+
+    Raises:
+        OSError: with `path` as its filename, and why it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    delete_scraps(path.parent, path.name)
-    with _open_scrap(path) as (temporary, file):
-        try:
-            with file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        delete_scraps(path.parent, path.name)
+        with _open_scrap(path) as (temporary, file):
+            try:
+                with file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        if error.filename and not str(error.filename).endswith(".tmp"):
+            raise  # of something else
+        number = error.errno or errno.ENOSPC  # NumPy says in words that it wrote less than asked
+        raise OSError(number, os.strerror(number), str(path)) from error
     with contextlib.suppress(OSError):  # not every file system lets a folder be synced
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -144,29 +144,24 @@ def label(
 def save(target: Path, tracks: Tracks, with_table: bool, made_by: dict | None = None) -> None:
     """Write the labels of a video; before them the table of its objects, after them the record.
 
-    A table or a record of the mask that was there before does not outlive it.
+    A table or a record of the mask that was there before does not outlive it. Raises OSError with
+    the name of what cannot be written.
     """
-    try:
-        for name in (RECORD, TABLE):
-            target.with_name(name).unlink(missing_ok=True)
-        rows = None
-        if with_table:
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows([Row._fields, *table(tracks)])
-            rows = text.getvalue().encode()
-            with atomic_write(target.with_name(TABLE)) as file:
-                file.write(rows)
-        mask = io.BytesIO()
-        np.save(mask, tracks.labels.numpy())
-        with atomic_write(target) as file:
-            file.write(mask.getbuffer())
-        if made_by:
-            write_record(target, made_by, mask.getvalue(), rows)
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): "
-            "make room or choose another --out, then go on with --resume"
-        ) from None
+    for name in (RECORD, TABLE):
+        target.with_name(name).unlink(missing_ok=True)
+    rows = None
+    if with_table:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([Row._fields, *table(tracks)])
+        rows = text.getvalue().encode()
+        with atomic_write(target.with_name(TABLE)) as file:
+            file.write(rows)
+    mask = io.BytesIO()
+    np.save(mask, tracks.labels.numpy())
+    with atomic_write(target) as file:
+        file.write(mask.getbuffer())
+    if made_by:
+        write_record(target, made_by, mask.getvalue(), rows)
 
 
 def decoders(targets: dict[Path, Path], asked: int | None, size: int, processes: Processes) -> int:
@@ -273,15 +268,7 @@ def main() -> int:
             tqdm.write(note)
 
     how = not args.no_consistency, args.objects, scale, makers(made_by, targets), tell
-    try:
-        done, frames, faults = label_videos(model, targets, device, args.batch_size, workers, *how)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a process that decodes frames was killed, for lack of memory or of space in /dev/shm: "
-            "give fewer --workers and go on with --resume"
-        ) from None
+    done, frames, faults = label_videos(model, targets, device, args.batch_size, workers, *how)
     totals = torch.tensor([done, frames, len(faults)], device=device)
     processes.add_up(totals)
     done, frames, skipped = totals.tolist()

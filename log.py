@@ -1,10 +1,13 @@
 """How the epochs of a run went: log.csv, TensorBoard, what is printed, and how long is left."""
 
+import contextlib
 import csv
+import errno
 import io
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,10 @@ DRAW_EVERY = 20  # seconds at least: a picture takes 0.1 s, most of it to be pac
 
 
 class Log:
-    """log.csv and TensorBoard events; lines of epochs after `completed` are cut off."""
+    """log.csv and TensorBoard events; lines of epochs after `completed` are cut off.
+
+    All methods raise OSError with a filename where nothing can be written.
+    """
 
     def __init__(self, out: Path, completed: int):
         path, kept = out / "log.csv", []
@@ -34,23 +40,29 @@ class Log:
         csv.DictWriter(text, FIELDS, extrasaction="ignore").writerows(kept)
         with atomic_write(path) as file:  # a kill must not cost what the log holds already
             file.write(text.getvalue().encode())
-        self.file = path.open("a", newline="", buffering=1)
-        self.lines = csv.DictWriter(self.file, FIELDS)
-        self.board = SummaryWriter(out / "tensorboard", purge_step=completed + 1)
+        self.path, self.folder = path, out / "tensorboard"
+        threading.excepthook = _leave_to_caller
+        with _named(self.folder):
+            self.board = SummaryWriter(self.folder, purge_step=completed + 1)
         self.drawn = time.monotonic()
 
     def add(self, figures: dict[str, Any]) -> None:
         """Write one epoch's figures: those of FIELDS, and the IoU of each class that is there."""
         epoch = figures["epoch"]
-        self.lines.writerow({name: figures[name] for name in FIELDS})
-        os.fsync(self.file.fileno())  # before the checkpoint, with which the line is never redone
-        for name in FIELDS[1:]:
-            if figures[name] is not None:  # as where no frame has an object
-                self.board.add_scalar(name, figures[name], epoch)
-        for name, iou in figures["per_class"].items():
-            if figures["pixels"][name]:
-                self.board.add_scalar(f"iou/{name}", iou, epoch)
-        self.board.flush()
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, FIELDS).writerow({name: figures[name] for name in FIELDS})
+        with _named(self.path), self.path.open("ab", buffering=0) as file:
+            if file.write(line.getvalue().encode()) < len(line.getvalue()):
+                raise OSError
+            os.fsync(file.fileno())  # before the checkpoint, with which the line is never redone
+        with _named(self.folder):
+            for name in FIELDS[1:]:
+                if figures[name] is not None:  # as where no frame has an object
+                    self.board.add_scalar(name, figures[name], epoch)
+            for name, iou in figures["per_class"].items():
+                if figures["pixels"][name]:
+                    self.board.add_scalar(f"iou/{name}", iou, epoch)
+            self.board.flush()
 
     def wants_picture(self) -> bool:
         """Return whether the last picture is so long ago that another costs next to nothing."""
@@ -59,9 +71,26 @@ class Log:
     def draw(self, epoch: int, frames: Tensor, truth: Tensor, labels: Tensor) -> None:
         """Show frames (N, 3, H, W) over true ids (N, H, W) over predicted ones, in TensorBoard."""
         picture = draw_columns(frames, truth, labels)
-        self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
-        self.board.flush()
+        with _named(self.folder):
+            self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
+            self.board.flush()
         self.drawn = time.monotonic()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an OSError the name of what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.ENOSPC
+        raise OSError(number, os.strerror(number), error.filename or str(path)) from error
+
+
+def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
+    """Print no traceback where TensorBoard's thread cannot write: its next call here raises it."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def _lines(path: Path, completed: int) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import loss
 from checkpoints import count_weights, is_finite, load_checkpoint
 from classes import FACTOR_SIZES, from_factors
+from errors import no_memory
 from utils import UserError, has_bfloat16
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
@@ -137,6 +138,8 @@ class UNet(nn.Module):
         except UserError:
             raise
         except Exception as error:  # nonsense in the place of numbers raises nearly anything
+            if no_memory(error):
+                raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines[:2])[:200]
             raise UserError(

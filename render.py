@@ -16,9 +16,16 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -41,6 +48,7 @@ from utils import (
     make_parser,
     run_script,
     usable_cpus,
+    why_alone,
 )
 
 RENDERER = 2  # raised when a seed no longer gives the same bytes
@@ -102,9 +110,9 @@ def write_video(
         with atomic_write(partial / "mask.npy") as file:
             np.save(file, masks.cpu().numpy())
         partial.rename(video)
-    except OSError:
+    except OSError as error:
         if not video.exists():  # else another run rendered it meanwhile, and swept ours away
-            raise
+            raise OSError(error.errno, error.strerror, str(video)) from error
     sweep(out, f"video_{number}")
 
 
@@ -113,6 +121,14 @@ def sweep(out: Path, video: str = "*") -> None:
     for leftover in out.glob(f".{video}.*partial"):
         if (out / leftover.name.split(".")[1]).exists():
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def start_pool(workers: int) -> Executor:
+    """Return so many processes that render, or this one where there can be no others."""
+    if why := why_alone():
+        print(f"one process renders ({why})", file=sys.stderr)
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)
 
 
 def follow_parent() -> None:
@@ -219,7 +235,7 @@ def render_dataset(
     workers = max(1, min(workers or default_workers(), len(todo)))
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
-    with bar, ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
+    with bar, start_pool(workers) as pool:
         jobs: list[Future] = []
         try:
             with without_ctrl_c():  # which workers never get: they end with their parent
@@ -282,19 +298,16 @@ def main() -> None:
     """Render what the command line asks for."""
     args = parse_args()
     choose_device(args.device)  # an unusable one is an error here, not in every worker
-    try:
-        render_dataset(
-            args.out,
-            args.videos,
-            args.seed,
-            tuple(args.objects),
-            args.workers,
-            args.device,
-            start=args.start,
-            num_frames=args.frames,
-        )
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
+    render_dataset(
+        args.out,
+        args.videos,
+        args.seed,
+        tuple(args.objects),
+        args.workers,
+        args.device,
+        start=args.start,
+        num_frames=args.frames,
+    )
     print(f"{args.videos} video{'s' * (args.videos > 1)} -> {args.out}")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import is_finite, load_checkpoint, save_checkpoint
+from errors import no_memory
 from model import UNet
 from optim import MuonAdamW
 from render import DEMO_DATA
@@ -171,6 +172,8 @@ class Run:
         try:
             self._restore(checkpoint, batch_size)
         except Exception as error:  # nonsense in the place of numbers raises nearly anything
+            if no_memory(error):
+                raise
             reason = (str(error) or type(error).__name__).splitlines()[0][:100]
             raise UserError(
                 f"{path} holds no state to go on from ({reason}): give another --out"

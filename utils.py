@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import multiprocessing
 import os
 import platform
 import random
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from errors import GIVE_LESS, no_memory, refused
 
 VERSION = "0.9.0"  # also in CITATION.cff and CHANGELOG.md
 PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
@@ -57,12 +60,16 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
         sys.exit(141)
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        text = str(error) if isinstance(error, UserError) else refused(error)
+        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if reason := no_memory(error):
+            print(f"error: memory ran out ({reason}): {GIVE_LESS}", file=sys.stderr)
+            sys.exit(2)
         if not _left_alone(error):
             raise
         print(
@@ -139,6 +146,15 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def why_alone() -> str:
+    """Return why this process can have no others beside it that share its memory; "": it can."""
+    try:
+        [multiprocessing.get_context().Lock() for _ in range(8)]  # as many as a pool takes
+    except OSError as error:  # as in containers without /dev/shm, or where it is read-only
+        return f"/dev/shm: {error.strerror}"
+    return ""
 
 
 def seed_everything(seed: int, deterministic: bool = True) -> None:

@@ -84,9 +84,15 @@ def find_videos(root: str | Path) -> list[Path]:
     return sorted(videos, key=lambda video: (natural_key(video), str(video)))
 
 
-def is_labelled(video: Path) -> bool:
+def is_labelled(video: str | Path) -> bool:
     """Return whether a video has a mask.npy, even one that cannot be read."""
-    return os.path.lexists(video / "mask.npy")
+    try:
+        Path(video, "mask.npy").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # which is for reading it to tell
+        pass
+    return True
 
 
 def find_labelled(root: str | Path) -> list[Path]:
@@ -127,10 +133,13 @@ def read_frame(path: str | Path) -> Tensor:
         # Rows that are not there stay zeros; the last two are the last of any order of rows.
         if not all(row.any() for row in raw[-2:]) and not _has_all_rows(path.read_bytes()):
             raise ValueError("rows are missing")
-    except UserError:
+    except (UserError, MemoryError):  # for which a frame of this size is never to blame
         raise
-    except Exception:  # damaged files raise nearly anything
-        raise UserError(f"{path}: unreadable PNG, replace the file or remove the video.") from None
+    except Exception as error:  # damaged files raise nearly anything
+        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(
+            f"{path}: unreadable PNG{why}, replace the file or remove the video."
+        ) from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
@@ -173,7 +182,7 @@ def read_mask(folder: str | Path) -> np.ndarray | None:
     Raises UserError if it is not a whole .npy file of integers with three axes.
     """
     path = Path(folder, "mask.npy")
-    if not os.path.lexists(path):
+    if not is_labelled(path.parent):
         return None
     try:
         _must_be_file(path)

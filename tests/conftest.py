@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -31,6 +32,8 @@ needs_real = pytest.mark.skipif(
 
 def pytest_configure(config) -> None:
     """Choose the seed of a soak before the workers start, so that all have the same."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as behind `&`: scripts would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("SOAK_SEED", str(random.randrange(10**6)))
     if config.getoption("markexpr") == "soak" and config.getoption("dist", "no") != "no":
         config.option.dist = "load"  # its two files are long

@@ -108,3 +108,6 @@ def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
     fit = batches.choose_workers(16, 10**7, processes)  # 10 MB ahead twice, half for each process
     assert fit == 5
     assert "enough for 5 workers, not 16" in capsys.readouterr().out
+    monkeypatch.setattr(batches, "why_alone", lambda: "/dev/shm: Read-only file system")
+    assert batches.choose_workers(16, 10**7, processes) == 0
+    assert "no workers, each process reads for itself" in capsys.readouterr().out

@@ -22,6 +22,23 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("9 requested")])
+def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, error):
+    """Of a disk that is full the system names no file, and NumPy not even the reason."""
+    path = tmp_path / "file"
+    path.write_bytes(b"whole")
+    full = "No space left on device"
+    with pytest.raises(OSError, match=full) as raised, atomic_write(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise error
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == b"whole"
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileNotFoundError) as raised, atomic_write(path):
+        raise FileNotFoundError(2, "No such file", "of something else")
+    assert raised.value.filename == "of something else"
+
+
 WRITER = """
 import os, sys
 from files import atomic_write

@@ -257,6 +257,15 @@ def test_scraps_of_videos_that_are_there_go(rendered, tmp_path):
     assert {path.name for path in (tmp_path / "two").glob(".*")} == {".video_7.0123abcd.partial"}
 
 
+def test_one_process_renders_the_same_where_there_can_be_no_others(
+    rendered, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(render, "why_alone", lambda: "/dev/shm: No such file or directory")
+    render.render_dataset(tmp_path, 1, seed=5, objects=(1, 2), progress=False)
+    assert "one process renders (/dev/shm: " in capsys.readouterr().err
+    assert digest(tmp_path / "video_0") == digest(rendered / "video_0")
+
+
 STOP = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -282,7 +291,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kill", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kill", [True, False])
 def test_a_killed_worker_or_a_ctrl_c_while_workers_start_is_one_line(kill, tmp_path):
     """What reaches all processes at a terminal is the first one's alone."""
     (tmp_path / "stop.py").write_text(STOP.replace("WORKER", repr(kill)))

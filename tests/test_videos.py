@@ -456,6 +456,15 @@ def test_a_header_after_the_pixels_claims_nothing(tmp_path):
         tracemalloc.stop()
 
 
+def test_a_frame_is_not_to_blame_where_memory_runs_out(data, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(PIL.Image, "open", fail)
+    with pytest.raises(MemoryError):
+        CLEVRDataset(data, cache=False)
+
+
 def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
     bomb(tmp_path)
     tracemalloc.start()
