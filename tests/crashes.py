@@ -13,6 +13,7 @@ the disk is halved first, as when the power fails.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -101,6 +102,10 @@ def child(job: dict[str, Any]) -> None:
     render.ProcessPoolExecutor = lambda workers, context, begin: ThreadPoolExecutor(1)
     sys.argv = [f"{job['script']}.py", *job["arguments"]]
     status = 70
+    if job["memory"] is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + job["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     points = Points(job["folder"], job["crash_at"], job["power"])
     try:
         utils.run_script(__import__(job["script"]).main)
@@ -141,9 +146,18 @@ class Driver:
         )
 
     def __call__(
-        self, folder: Path, script: str, *arguments: object, crash_at: int = 0, power: bool = False
+        self,
+        folder: Path,
+        script: str,
+        *arguments: object,
+        crash_at: int = 0,
+        power: bool = False,
+        memory: int | None = None,
     ) -> int:
-        """Return the exit status of a script whose files are below `folder`, its cache as well."""
+        """Return the exit status of a script whose files are below `folder`, its cache as well.
+
+        It may have so many bytes of `memory` more than it has at its beginning.
+        """
         job = {
             "folder": f"{folder}{os.sep}",
             "script": script,
@@ -152,6 +166,7 @@ class Driver:
             "said": str(self.said),
             "crash_at": crash_at,
             "power": power,
+            "memory": memory,
         }
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
