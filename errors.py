@@ -14,6 +14,7 @@ NO_MEMORY = (  # what torch, its libraries and Python say of it, all as RuntimeE
     "could not create a",  # oneDNN's primitive or memory
     "can't start new thread",
     "DataLoader worker (pid",  # was killed, or found /dev/shm full
+    "process pool was terminated abruptly",
 )
 CURES = {  # of what the system refuses
     errno.ENOSPC: MAKE_ROOM,
