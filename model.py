@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import loss
 from checkpoints import count_weights, is_finite, load_checkpoint
 from classes import FACTOR_SIZES, from_factors
-from utils import UserError, has_bfloat16
+from utils import UserError, has_bfloat16, same_kernels
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
@@ -260,6 +260,7 @@ class UNet(nn.Module):
 def for_labelling(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a network, itself changed, as it labels fastest: fused, its weights cast once."""
     model = model.to(device, memory_format=torch.channels_last).eval().fuse()
+    same_kernels(model, device)
     return model.bfloat16() if has_bfloat16(device) else model
 
 
@@ -267,7 +268,7 @@ def _split_head(head: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of "object" and those of its kind: a slice of them would be slow to use."""
     sizes = (head.out_channels - NUM_FACTORS, NUM_FACTORS)
     parts = zip(head.weight.split(sizes), head.bias.split(sizes), strict=True)
-    thing, kind = (F.conv2d(x, weight, bias) for weight, bias in parts)
+    thing, kind = (F.conv2d(x, weight, bias, dilation=head.dilation) for weight, bias in parts)
     return thing, kind
 
 
