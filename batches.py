@@ -183,6 +183,11 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
         yield group
 
 
+def evenly(frames: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Split frames (N, ...) into as few batches of at most `most` as can be, all about as large."""
+    return frames.tensor_split(math.ceil(len(frames) / most))
+
+
 def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
     """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
     with ThreadPoolExecutor(lanes) as pool:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import WholeVideos, choose_workers, fill_batches, in_lanes, threads_shared
+from batches import WholeVideos, choose_workers, evenly, fill_batches, in_lanes, threads_shared
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from files import atomic_write
@@ -55,6 +55,7 @@ from utils import (
 from videos import find_videos, frame_paths, read_frame
 
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
+LONELY = 2**18  # pixels; a smaller frame comes with another, as `utils.same_kernels` asks
 MAX_WORKERS = 16  # processes that decode for a GPU
 
 
@@ -111,14 +112,17 @@ def label(
     sizes = scale.sizes(*videos[0].shape[2:])
     found, evidence, outlines = [], [], []
     pixels = math.prod(sizes[-1] if sizes else videos[0].shape[2:])
-    for frames in torch.cat(list(videos)).split(max(1, min(batch_size, MAX_AT_ONCE // pixels))):
+    at_once = min(max(batch_size, 2 if pixels < LONELY else 1), max(1, MAX_AT_ONCE // pixels))
+    for frames in evenly(torch.cat(list(videos)), at_once):
         whole = frames.to(device, non_blocking=True)  # bytes
+        if len(frames) == 1 and pixels < LONELY:
+            whole = whole.repeat(2, 1, 1, 1)
         with mixed_precision(device):
             stages = model.stages(resize(whole, sizes[0]) if sizes else whole)
             answer = model.evidence(stages) if consistency else (model.labels(stages),)
             if sizes:
                 answer = (*answer, outline(model, whole, stages[-1].thing, sizes[1:]))
-        answer = [part.to("cpu", non_blocking=True) for part in answer]
+        answer = [part[: len(frames)].to("cpu", non_blocking=True) for part in answer]
         if device.type != "cpu":  # this lane waits, while others launch
             arrived = torch.Event(device)
             arrived.record()

@@ -24,7 +24,7 @@ import loss
 from checkpoints import count_weights, is_finite, load_checkpoint
 from classes import FACTOR_SIZES, from_factors
 from errors import no_memory
-from utils import UserError, has_bfloat16
+from utils import UserError, has_bfloat16, same_kernels
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
@@ -135,10 +135,8 @@ class UNet(nn.Module):
             model.load_state_dict(checkpoint["model"])  # half precision becomes float32 here
             if not is_finite(model.state_dict()):
                 raise ValueError("some are not finite numbers")
-        except UserError:
-            raise
         except Exception as error:  # nonsense in the place of numbers raises nearly anything
-            if no_memory(error):
+            if isinstance(error, UserError) or no_memory(error):
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines[:2])[:200]
@@ -263,6 +261,7 @@ class UNet(nn.Module):
 def for_labelling(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a network, itself changed, as it labels fastest: fused, its weights cast once."""
     model = model.to(device, memory_format=torch.channels_last).eval().fuse()
+    same_kernels(model, device)
     return model.bfloat16() if has_bfloat16(device) else model
 
 
@@ -270,7 +269,7 @@ def _split_head(head: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of "object" and those of its kind: a slice of them would be slow to use."""
     sizes = (head.out_channels - NUM_FACTORS, NUM_FACTORS)
     parts = zip(head.weight.split(sizes), head.bias.split(sizes), strict=True)
-    thing, kind = (F.conv2d(x, weight, bias) for weight, bias in parts)
+    thing, kind = (F.conv2d(x, weight, bias, dilation=head.dilation) for weight, bias in parts)
     return thing, kind
 
 

@@ -217,6 +217,22 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
+def same_kernels(network: torch.nn.Module, device: torch.device) -> None:
+    """Let a batch's size and the number of threads not choose the kernels of a network on a CPU.
+
+    What is computed in float32 would else be rounded otherwise: PyTorch takes its own kernel, not
+    oneDNN's, for a 1x1 convolution of fewer than 16 frames by one thread, and for any of a small
+    frame that comes alone (ConvParams::use_mkldnn in ATen's Convolution.cpp). The former it does
+    not do where there is dilation, which means nothing to a single weight. The latter is avoided
+    by whoever calls the network.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1):
+            layer.dilation = (2, 2)
+
+
 def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
     """Compile a network in place; where that fails, say why in a line and leave it as it is.
 

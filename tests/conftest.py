@@ -36,7 +36,7 @@ def pytest_configure(config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("SOAK_SEED", str(random.randrange(10**6)))
     if config.getoption("markexpr") == "soak" and config.getoption("dist", "no") != "no":
-        config.option.dist = "load"  # its two files are long
+        config.option.dist = "load"  # its files are long
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

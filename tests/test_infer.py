@@ -446,16 +446,6 @@ def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, netw
     assert any((own[name] != together[name]).any() for name in own)
 
 
-def test_a_video_does_not_depend_on_its_neighbours(run, tmp_path, data, network, ckpt):
-    arguments = "--ckpt", ckpt, "--batch-size"
-    assert run(*arguments, 64, "--data", data, "--out", tmp_path / "all")[0] == 0
-    assert run(*arguments, 5, "--data", data / "a/video_10", "--out", tmp_path / "one")[0] == 0
-    together = np.load(tmp_path / "all/a/video_10/mask.npy")
-    alone = np.load(tmp_path / "one/mask.npy")
-    assert (together == alone).mean() > 0.99  # rounding differs between batch sizes
-    assert_labels_of(alone, data / "a/video_10", network)
-
-
 def test_processes_share_out_the_videos(run, tmp_path, data, ckpt):
     """Each video is done once, to the same labels, though they do not divide evenly.
 
