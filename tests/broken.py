@@ -218,13 +218,13 @@ def is_sound(data: bytes) -> bool:
     """Return whether a PNG, as far as its IEND, has right checksums and all of its pixels.
 
     What zlib's own checksum says after the last row counts as little as it does for libpng, and
-    what the checksum of IEND says of nothing.
+    what IEND says of its length and of nothing.
     """
     at, pixels = len(SIGNATURE), b""
     if data[12:16] != b"IHDR":
         return False
     while True:
-        if data[at : at + 8] == b"\0\0\0\0IEND":
+        if data[at + 4 : at + 8] == b"IEND":
             break
         if len(data) < at + 12:
             return False
@@ -237,8 +237,6 @@ def is_sound(data: bytes) -> bool:
             sides = struct.unpack(">IIBBBBB", content[:13])
         elif name == b"IDAT":
             pixels += content
-        elif name == b"IEND":
-            break
         at = end
     width, height, depth, colour, *_, interlace = sides
     passes = [(8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2), (2, 2, 1, 0)]

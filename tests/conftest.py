@@ -37,6 +37,7 @@ def pytest_configure(config) -> None:
     os.environ.setdefault("SOAK_SEED", str(random.randrange(10**6)))
     if config.getoption("markexpr") == "soak" and config.getoption("dist", "no") != "no":
         config.option.dist = "load"  # its files are long
+        config.option.tx = [*config.option.tx, "popen"]  # a third of its time it waits
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

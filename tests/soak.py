@@ -33,7 +33,7 @@ def write_data(folder: Path) -> None:
             write_video(folder / name / f"video_{k}", *video)
 
 
-def tasks(shared: Path, epochs: int = 2, videos: int = 2) -> dict[str, Task]:
+def tasks(shared: Path, epochs: int = 4, videos: int = 2) -> dict[str, Task]:
     """Return the commands; below `shared` lie data/ of `write_data`, and masks/ of its large."""
     data, masks = shared / "data", shared / "masks"
     train = ("--data", data / "small", "--num-epochs", epochs, "--widths", 4, 8, "--batch-size", 3)

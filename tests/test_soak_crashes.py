@@ -54,7 +54,7 @@ def crash_everywhere(driver: Driver, task: Task, untouched, folder) -> tuple[int
 
 @pytest.mark.parametrize("name", ["train", "infer", "render", "preview", "evaluate"])
 def test_a_crash_at_any_point_costs_nothing(name, driver, shared, tmp_path, record_property):
-    task = tasks(shared)[name]
+    task = tasks(shared, epochs=2)[name]
     count, wrong = crash_everywhere(driver, task, tmp_path / "untouched", tmp_path / "crashed")
     record_property("crashes", count)
     print(f"{name}: {count} crashes")

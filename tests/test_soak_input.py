@@ -43,9 +43,9 @@ from videos import inspect_video, read_frame, read_labels
 SEED = int(os.environ.get("SOAK_SEED", 0))
 SCRIPTS = 4  # of so many inputs, one also goes through the scripts that take longer
 # How many, in the soak (four minutes on a core) and in the suite (some seconds).
-PNGS = [pytest.param(12_000, marks=pytest.mark.soak), 60]
-MASKS = [pytest.param(6_000, marks=pytest.mark.soak), 60]
-VIDEOS = [pytest.param(600, marks=pytest.mark.soak), 6]
+PNGS = [pytest.param(10_000, marks=pytest.mark.soak), 60]
+MASKS = [pytest.param(5_000, marks=pytest.mark.soak), 60]
+VIDEOS = [pytest.param(500, marks=pytest.mark.soak), 6]
 CHECKPOINTS = [pytest.param(2_000, marks=pytest.mark.soak), 20]
 TABLES = [pytest.param(3_000, marks=pytest.mark.soak), 30]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -111,7 +111,7 @@ def save_network(folder: Path, **facts: object) -> Path:
 
 
 @pytest.mark.parametrize("examples", PNGS)
-def test_pngs(tmp_path, examples):
+def test_pngs(tmp_path, examples, record_property):
     path = tmp_path / "image_0.png"
 
     def check(watch, counts, png):
@@ -126,12 +126,13 @@ def test_pngs(tmp_path, examples):
         assert path.read_bytes() == png
         watch.end()
 
+    record_property("broken inputs", examples)
     counts = in_fork(tmp_path, for_each(examples, broken.pngs(), check))
     assert min(counts["frame"], counts["sentence"]) > examples / 30
 
 
 @pytest.mark.parametrize("examples", MASKS)
-def test_masks(tmp_path, examples):
+def test_masks(tmp_path, examples, record_property):
     video = make_video(tmp_path / "video_0", labelled=False)
     path = video / "mask.npy"
 
@@ -146,12 +147,13 @@ def test_masks(tmp_path, examples):
             assert mask.max() < 49
         watch.end()
 
+    record_property("broken inputs", examples)
     counts = in_fork(tmp_path, for_each(examples, broken.masks(), check))
     assert min(counts["mask"], counts["sentence"]) > examples / 30
 
 
 @pytest.mark.parametrize("examples", VIDEOS)
-def test_broken_videos_through_all_scripts(tmp_path, examples):
+def test_broken_videos_through_all_scripts(tmp_path, examples, record_property):
     """One video of three is broken: what is right with the others is done."""
     data, network = tmp_path / "data", save_network(tmp_path)
     for k in range(3):
@@ -189,6 +191,7 @@ def test_broken_videos_through_all_scripts(tmp_path, examples):
         watch.end()
 
     kinds = (st.tuples(st.just(0), broken.pngs()), st.tuples(st.just(1), broken.masks()))
+    record_property("broken inputs", examples)
     in_fork(tmp_path, for_each(examples, st.one_of(*kinds), check))
 
 
@@ -277,7 +280,7 @@ def checkpoints(draw: Callable, good: bytes, whole: dict, code: Path) -> tuple[s
 
 
 @pytest.mark.parametrize("examples", CHECKPOINTS)
-def test_checkpoints(tmp_path, examples, caplog):
+def test_checkpoints(tmp_path, examples, caplog, record_property):
     file = save_network(tmp_path, data="x", seed=0)
     good, whole = file.read_bytes(), torch.load(file, weights_only=True)
     data = make_video(tmp_path / "data/video_0").parent
@@ -316,6 +319,7 @@ def test_checkpoints(tmp_path, examples, caplog):
         watch.end()
 
     caplog.set_level(logging.ERROR, "checkpoints")  # most have no digest, which is a line each
+    record_property("broken inputs", examples)
     in_fork(tmp_path, for_each(examples, checkpoints(good, whole, code), check))
     assert not code.exists()
 
@@ -344,7 +348,7 @@ def texts(draw: Callable) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("examples", TABLES)
-def test_tables_records_and_logs(tmp_path, examples):
+def test_tables_records_and_logs(tmp_path, examples, record_property):
     data, masks = tmp_path / "data", tmp_path / "masks"
     video, folder = make_video(data / "video_0"), masks / "video_0"
     folder.mkdir(parents=True)
@@ -373,6 +377,7 @@ def test_tables_records_and_logs(tmp_path, examples):
         path.unlink()
         watch.end()
 
+    record_property("broken inputs", examples)
     in_fork(tmp_path, for_each(examples, texts(), check))
 
 

@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(os.geteuid() != 0, reason="root alone can mount a small disk"),
 ]
-MEMORY = 1, 4, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400  # MB beyond what the imports take
-SHARES = 0, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97  # of what a script needs
+MEMORY = 1, 5, 10, 20, 35, 50, 75, 100, 150, 200  # MB beyond what the imports take
+SHARES = 0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95  # of what a script needs
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,6 @@ def test_a_full_disk_costs_nothing(name, driver, shared, tmp_path, disk, record_
         arguments = task.arguments(folder)
         status, said = driver(folder, task.script, *arguments), driver.stderr
         where = f"{share:.0%} of {need / 1e6:.1f} MB: exit status {status}: {said[-2000:]}"
-        print(where)
         full += status != 0
         if (
             status not in (0, 1, 2)
@@ -93,7 +92,7 @@ def test_a_full_disk_costs_nothing(name, driver, shared, tmp_path, disk, record_
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", ["train", "infer", "render", "preview", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "infer", "render", "preview"])
 def test_memory_that_runs_out_costs_nothing(name, driver, shared, tmp_path, record_property):
     """A sentence where Python can still speak; a library that ends the process loses nothing."""
     task = tasks(shared, epochs=1)[name]
@@ -106,7 +105,6 @@ def test_memory_that_runs_out_costs_nothing(name, driver, shared, tmp_path, reco
         arguments = task.arguments(folder)
         status = driver(folder, task.script, *arguments, memory=megabytes * 2**20)
         where = f"{megabytes} MB: exit status {status}: {driver.stderr[-2000:]}"
-        print(where)
         ended["done" if not status else "a sentence" if status in (1, 2) else "crash"] += 1
         if "Traceback" in driver.stderr:
             wrong.append(where)
@@ -141,7 +139,7 @@ POWERLESS = "setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-c
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv (util-linux) is not there")
 @pytest.mark.parametrize("name", ["train", "infer", "render", "preview", "evaluate"])
-def test_what_may_not_be_written_costs_nothing(name, driver, shared, tmp_path, record_property):
+def test_what_may_not_be_written_costs_nothing(name, driver, shared, tmp_path):
     task = tasks(shared, epochs=1)[name]
     untouched, folder = tmp_path / "untouched", tmp_path / "closed"
     for place in (untouched, folder):
@@ -157,7 +155,6 @@ def test_what_may_not_be_written_costs_nothing(name, driver, shared, tmp_path, r
     os.chown(folder, 0, 0)
     assert driver(folder, task.script, *task.arguments(folder), *task.go_on) == 0, driver.stderr
     assert not differences(folder, untouched)
-    record_property("folders closed", 1)
 
 
 def test_a_closed_folder_in_the_midst_of_masks_costs_its_run_and_nothing_else(
@@ -190,7 +187,7 @@ SHARED_MEMORY = {
 
 
 @pytest.mark.parametrize("shm", SHARED_MEMORY)
-@pytest.mark.parametrize("name", ["train", "infer", "render", "preview"])
+@pytest.mark.parametrize("name", ["train", "infer", "render"])
 def test_no_shared_memory_is_a_line_and_the_same_files(name, shm, driver, shared, tmp_path):
     task = tasks(shared, epochs=1)[name]
     untouched, folder, dev = (tmp_path / part for part in ("untouched", "without", "dev"))
@@ -205,8 +202,7 @@ def test_no_shared_memory_is_a_line_and_the_same_files(name, shm, driver, shared
     if result.returncode == 99 or "unshare" in result.stderr:
         pytest.skip(f"/dev/shm cannot be taken away here: {result.stderr.strip()}")
     assert result.returncode == 0, result.stderr
-    if name != "preview":
-        assert "/dev/shm" in result.stdout + result.stderr
+    assert "/dev/shm" in result.stdout + result.stderr
     assert not differences(folder, untouched)
 
 
