@@ -1,7 +1,9 @@
 """The loss of a run, how long it will take, and what is said at its end."""
 
+import os
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from batches import load_data, videos_of
 from checkpoints import save_checkpoint
 from classes import CLASS_NAMES
-from log import Log, Pace, in_words
+from log import FIELDS, Log, Pace, in_words
 from model import UNet
 from runs import BEST, LAST, MeanLoss, Run, last_words
 from utils import Processes, UserError
@@ -195,3 +197,48 @@ def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
     assert not is_blind(figures | {"foreground_iou": 0.01}, 100, 20, 400)
     figures["pixels"][CLASS_NAMES[3]] = 0
     assert not is_blind(figures, 100, 20, 400)
+
+
+FIGURES = dict.fromkeys(FIELDS, 0.5) | {"epoch": 1, "per_class": {}, "pixels": {}}
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["log.csv", "tensorboard"])
+def test_a_disk_that_is_full_is_told_of_by_the_file_that_is_written(tmp_path, name, monkeypatch):
+    def fail(*_):
+        raise FULL
+
+    log = Log(tmp_path, 0)
+    monkeypatch.setattr(*((os, "fsync") if name == "log.csv" else (log.board, "flush")), fail)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        log.add(FIGURES)
+    assert error.value.filename == str(tmp_path / name)
+
+
+def test_tensorboards_thread_leaves_it_to_the_main_one_to_speak(tmp_path, capsys):
+    Log(tmp_path, 0)
+
+    def fail(error):
+        raise error
+
+    for error in (FULL, ValueError("a bug")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == 1
+    assert "a bug" in err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce] can't allocate memory")])
+def test_weights_are_not_to_blame_where_memory_runs_out(tmp_path, error, monkeypatch):
+    Run.start(UNet(widths=(4, 8))).save_last(tmp_path, 4)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(UNet, "load_state_dict", fail)
+    with pytest.raises(type(error)):
+        UNet.load(tmp_path / LAST)
+    with pytest.raises(type(error)):
+        Run.start(UNet(widths=(4, 8))).resume(tmp_path / LAST, 4)
