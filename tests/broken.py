@@ -9,6 +9,7 @@ import resource
 import struct
 import sys
 import traceback
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def in_fork(folder: Path, job: Callable[[Watch], Any], limit: int = 3 * MEMORY) 
     Fails with what job raised, or with the input at which the process crashed or hung.
     """
     note, result = folder / "note", folder / "result"
-    pid = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # pytest has threads, which hold nothing
+        pid = os.fork()
     if not pid:
         try:
             logging.getLogger().handlers.clear()  # pytest's, which keep warnings from stderr
