@@ -9,6 +9,8 @@ GIVE_LESS = (
     "give a smaller --batch-size or fewer --workers, then the same command goes on (train.py and "
     "infer.py with --resume)"
 )
+GET_RIGHT = "get the right to it, or give another path"
+MOVE_FILE = "move away the file that is where a folder has to be, or give another path"
 NO_MEMORY = (  # what torch, its libraries and Python say of it, all as RuntimeError
     "can't allocate memory",
     "could not create a",  # oneDNN's primitive or memory
@@ -21,11 +23,11 @@ CURES = {  # of what the system refuses
     errno.EDQUOT: MAKE_ROOM,
     errno.ENOMEM: GIVE_LESS,
     errno.EFBIG: "the system lets no file be so large",
-    errno.EACCES: "get the right to it, or give another path",
-    errno.EPERM: "get the right to it, or give another path",
+    errno.EACCES: GET_RIGHT,
+    errno.EPERM: GET_RIGHT,
     errno.EROFS: "give a path that can be written",
-    errno.ENOTDIR: "move away the file that is where a folder has to be, or give another path",
-    errno.EEXIST: "move away the file that is where a folder has to be, or give another path",
+    errno.ENOTDIR: MOVE_FILE,
+    errno.EEXIST: MOVE_FILE,
     errno.EISDIR: "move the folder away, or give another path",
 }
 

@@ -25,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         OSError: with `path` as its filename, and why it cannot be written.
     """
     path = Path(path)
-    try:
+    with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         delete_scraps(path.parent, path.name)
         with _open_scrap(path) as (temporary, file):
@@ -38,17 +38,24 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-    except OSError as error:
-        if error.filename and not str(error.filename).endswith(".tmp"):
-            raise  # of something else
-        number = error.errno or errno.ENOSPC  # NumPy says in words that it wrote less than asked
-        raise OSError(number, os.strerror(number), str(path)) from error
     with contextlib.suppress(OSError):  # not every file system lets a folder be synced
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Let an OSError name `path` where it names no file, or the scrap that was written instead."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not str(error.filename).endswith(".tmp"):
+            raise  # of something else
+        number = error.errno or errno.ENOSPC  # NumPy says in words that it wrote less than asked
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager

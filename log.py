@@ -1,20 +1,18 @@
 """How the epochs of a run went: log.csv, TensorBoard, what is printed, and how long is left."""
 
-import contextlib
 import csv
-import errno
 import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from files import atomic_write
+from files import atomic_write, named
 from pictures import draw_columns
 from utils import UserError
 
@@ -42,7 +40,7 @@ class Log:
             file.write(text.getvalue().encode())
         self.path, self.folder = path, out / "tensorboard"
         threading.excepthook = _leave_to_caller
-        with _named(self.folder):
+        with named(self.folder):
             self.board = SummaryWriter(self.folder, purge_step=completed + 1)
         self.drawn = time.monotonic()
 
@@ -51,11 +49,11 @@ class Log:
         epoch = figures["epoch"]
         line = io.StringIO(newline="")
         csv.DictWriter(line, FIELDS).writerow({name: figures[name] for name in FIELDS})
-        with _named(self.path), self.path.open("ab", buffering=0) as file:
+        with named(self.path), self.path.open("ab", buffering=0) as file:
             if file.write(line.getvalue().encode()) < len(line.getvalue()):
                 raise OSError
             os.fsync(file.fileno())  # before the checkpoint, with which the line is never redone
-        with _named(self.folder):
+        with named(self.folder):
             for name in FIELDS[1:]:
                 if figures[name] is not None:  # as where no frame has an object
                     self.board.add_scalar(name, figures[name], epoch)
@@ -71,20 +69,10 @@ class Log:
     def draw(self, epoch: int, frames: Tensor, truth: Tensor, labels: Tensor) -> None:
         """Show frames (N, 3, H, W) over true ids (N, H, W) over predicted ones, in TensorBoard."""
         picture = draw_columns(frames, truth, labels)
-        with _named(self.folder):
+        with named(self.folder):
             self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
             self.board.flush()
         self.drawn = time.monotonic()
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Give an OSError the name of what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        number = error.errno or errno.ENOSPC
-        raise OSError(number, os.strerror(number), error.filename or str(path)) from error
 
 
 def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:

@@ -67,18 +67,18 @@ def find_videos(root: str | Path) -> list[Path]:
         logger.warning("%s: left out, the folder cannot be read", error.filename)
 
     folders = [str(root)]
-    while folders:  # os.walk goes down by recursion before Python 3.12, and that ends
-        top = folders.pop()
-        for folder, below, files in os.walk(top, onerror=warn, followlinks=True):
+    while folders:  # os.walk itself goes down by recursion before Python 3.12, and that ends
+        folder = folders.pop()
+        for _, below, files in islice(os.walk(folder, onerror=warn), 1):
             found = Path(folder).stat()
             real = found.st_dev, found.st_ino  # its path takes the square of the depth to resolve
-            if real not in seen:
-                if any(FRAME_NAME.fullmatch(name) for name in files):
-                    videos.append(Path(folder))
-                inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
-                folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
+            if real in seen:
+                continue
             seen.add(real)
-            below.clear()
+            if any(FRAME_NAME.fullmatch(name) for name in files):
+                videos.append(Path(folder))
+            inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
+            folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
     if not videos:
         raise UserError(f"{root}: no video in it, a video is a folder that holds image_0.png, ...")
     return sorted(videos, key=lambda video: (natural_key(video), str(video)))
