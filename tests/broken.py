@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from crashes import allow_memory
 from hypothesis import strategies as st
 
 from utils import run_script
@@ -63,8 +64,7 @@ def in_fork(folder: Path, job: Callable[[Watch], Any], limit: int = 3 * MEMORY) 
     if not pid:
         try:
             logging.getLogger().handlers.clear()  # pytest's, which keep warnings from stderr
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + limit,) * 2)
+            allow_memory(limit)
             answer = True, job(Watch(note))
         except BaseException:
             answer = False, traceback.format_exc()

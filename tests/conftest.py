@@ -75,9 +75,14 @@ def make_video(folder: Path, frames=3, size=(6, 8), labelled=True, seed=0):
     return folder
 
 
-def run(script: str, *args: object, launcher: tuple = (), **options) -> subprocess.CompletedProcess:
-    """Run a script of the project in a process of its own, as a user would."""
-    command = [sys.executable, *launcher, ROOT / script, *args]
+def run(
+    script: str, *args: object, launcher: tuple = (), behind: tuple = (), **options
+) -> subprocess.CompletedProcess:
+    """Run a script of the project in a process of its own, as a user would.
+
+    Python runs the `launcher`, which runs the script; `behind` are words before Python.
+    """
+    command = [*behind, sys.executable, *launcher, ROOT / script, *args]
     options = {"capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run([str(part) for part in command], check=False, **options)
 
@@ -117,6 +122,28 @@ def deep(tmp_path):
     yield make
     os.chdir(here)
     subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """Return what runs scripts in forked children, for the soak."""
+    from crashes import Driver
+
+    driver = Driver(tmp_path_factory.mktemp("driver"))
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, driver) -> Path:
+    """Write data, and masks of it, for the commands of the soak."""
+    from soak import tasks, write_data
+
+    folder = tmp_path_factory.mktemp("shared")
+    write_data(folder / "data")
+    assert driver(folder / "made", "infer", *tasks(folder)["infer"].arguments(folder)) == 0
+    (folder / "out").rename(folder / "masks")
+    return folder
 
 
 @pytest.fixture

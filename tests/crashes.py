@@ -87,6 +87,13 @@ class Points:
             os._exit(CRASHED)
 
 
+def allow_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def child(job: dict[str, Any]) -> None:
     """Run one job in a process of its own; never returns."""
     import infer
@@ -103,9 +110,7 @@ def child(job: dict[str, Any]) -> None:
     sys.argv = [f"{job['script']}.py", *job["arguments"]]
     status = 70
     if job["memory"] is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + job["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        allow_memory(job["memory"])
     points = Points(job["folder"], job["crash_at"], job["power"])
     try:
         utils.run_script(__import__(job["script"]).main)

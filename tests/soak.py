@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from conftest import ROOT, write_video
+from crashes import Driver
 
 from checkpoints import load_checkpoint
 from render import render_video
@@ -58,6 +59,20 @@ def tasks(shared: Path, epochs: int = 4, videos: int = 2) -> dict[str, Task]:
             "evaluate", lambda f: ("--pred", masks, "--data", data / "large", "--json", f / "s")
         ),
     }
+
+
+def never_touched(driver: Driver, task: Task, folder: Path) -> Path:
+    """Make a folder, run a command in it that nobody touches, and return it."""
+    folder.mkdir()
+    assert driver(folder, task.script, *task.arguments(folder)) == 0, driver.stderr
+    return folder
+
+
+def go_on(driver: Driver, task: Task, folder: Path, untouched: Path) -> list[str]:
+    """Give the command again as the README says; return what is then wrong in its folder."""
+    status = driver(folder, task.script, *task.arguments(folder), *task.go_on)
+    wrong = [f"then exit status {status}: {driver.stderr[-500:]}"] if status else []
+    return wrong + differences(folder, untouched)
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, torchrun
-from soak import SEED, Task, differences, tasks, write_data
+from conftest import ROOT, torchrun
+from soak import SEED, Task, differences, tasks
 
 pytestmark = pytest.mark.soak
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -108,17 +108,6 @@ def wait_for_the_end(processes: list[int], seconds: float = 20) -> list[int]:
     while (left := [p for p in processes if alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    """Data, and masks of it."""
-    folder = tmp_path_factory.mktemp("shared")
-    write_data(folder / "data")
-    task = tasks(folder)["infer"]
-    assert run("infer.py", *task.arguments(folder)).returncode == 0
-    (folder / "out").rename(folder / "masks")
-    return folder
 
 
 @pytest.fixture(scope="module")

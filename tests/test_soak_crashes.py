@@ -7,48 +7,24 @@ import shutil
 
 import pytest
 from crashes import CRASHED, Driver
-from soak import Task, differences, tasks, write_data
+from soak import Task, go_on, never_touched, tasks
 
 pytestmark = pytest.mark.soak
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    driver = Driver(tmp_path_factory.mktemp("driver"))
-    yield driver
-    driver.close()
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, driver):
-    """Data, masks of it, and a folder of runs that were never touched."""
-    folder = tmp_path_factory.mktemp("shared")
-    write_data(folder / "data")
-    commands = tasks(folder, epochs=1)
-    assert driver(folder / "untouched", "infer", *commands["infer"].arguments(folder)) == 0
-    (folder / "out").rename(folder / "masks")
-    return folder
-
-
 def crash_everywhere(driver: Driver, task: Task, untouched, folder) -> tuple[int, list[str]]:
     """Return how many crashes there were, and what was wrong after which."""
-    untouched.mkdir()  # so that the points are the same ones
-    arguments = task.arguments(untouched)
-    assert driver(untouched, task.script, *arguments) == 0, driver.stderr
+    never_touched(driver, task, untouched)
     points, wrong = driver.points, []
     trials = [(n, power) for n, p in enumerate(points, 1) for power in (False, True)[: 1 + p[2]]]
     for n, power in trials:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir()  # so that the points are the same ones
         where = f"{'power failure' if power else 'crash'} at {n}, {points[n - 1][:2]}: "
-        arguments = task.arguments(folder)
-        status = driver(folder, task.script, *arguments, crash_at=n, power=power)
+        status = driver(folder, task.script, *task.arguments(folder), crash_at=n, power=power)
         if status != CRASHED:
             wrong.append(f"{where}exit status {status}")
-        status = driver(folder, task.script, *arguments, *task.go_on)
-        if status:
-            wrong.append(f"{where}then exit status {status}: {driver.stderr[-500:]}")
-        wrong += [f"{where}{what}" for what in differences(folder, untouched)]
+        wrong += [f"{where}{what}" for what in go_on(driver, task, folder, untouched)]
     return len(trials), wrong
 
 

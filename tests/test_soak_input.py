@@ -77,6 +77,17 @@ def for_each(examples: int, inputs: Any, check: Callable) -> Callable:
     return job
 
 
+@pytest.fixture
+def try_each(tmp_path, record_property):
+    """Return a function that tries so many inputs in a forked process, and returns the counts."""
+
+    def run_all(examples, inputs, check):
+        record_property("broken inputs", examples)
+        return in_fork(tmp_path, for_each(examples, inputs, check))
+
+    return run_all
+
+
 def sentence(read: Callable, *paths: Path) -> tuple[Any, str]:
     """Return what `read` returns, and the sentence about one of the `paths` that it raised."""
     try:
@@ -111,7 +122,7 @@ def save_network(folder: Path, **facts: object) -> Path:
 
 
 @pytest.mark.parametrize("examples", PNGS)
-def test_pngs(tmp_path, examples, record_property):
+def test_pngs(tmp_path, examples, try_each):
     path = tmp_path / "image_0.png"
 
     def check(watch, counts, png):
@@ -126,13 +137,12 @@ def test_pngs(tmp_path, examples, record_property):
         assert path.read_bytes() == png
         watch.end()
 
-    record_property("broken inputs", examples)
-    counts = in_fork(tmp_path, for_each(examples, broken.pngs(), check))
+    counts = try_each(examples, broken.pngs(), check)
     assert min(counts["frame"], counts["sentence"]) > examples / 30
 
 
 @pytest.mark.parametrize("examples", MASKS)
-def test_masks(tmp_path, examples, record_property):
+def test_masks(tmp_path, examples, try_each):
     video = make_video(tmp_path / "video_0", labelled=False)
     path = video / "mask.npy"
 
@@ -147,13 +157,12 @@ def test_masks(tmp_path, examples, record_property):
             assert mask.max() < 49
         watch.end()
 
-    record_property("broken inputs", examples)
-    counts = in_fork(tmp_path, for_each(examples, broken.masks(), check))
+    counts = try_each(examples, broken.masks(), check)
     assert min(counts["mask"], counts["sentence"]) > examples / 30
 
 
 @pytest.mark.parametrize("examples", VIDEOS)
-def test_broken_videos_through_all_scripts(tmp_path, examples, record_property):
+def test_broken_videos_through_all_scripts(tmp_path, examples, try_each):
     """One video of three is broken: what is right with the others is done."""
     data, network = tmp_path / "data", save_network(tmp_path)
     for k in range(3):
@@ -191,8 +200,7 @@ def test_broken_videos_through_all_scripts(tmp_path, examples, record_property):
         watch.end()
 
     kinds = (st.tuples(st.just(0), broken.pngs()), st.tuples(st.just(1), broken.masks()))
-    record_property("broken inputs", examples)
-    in_fork(tmp_path, for_each(examples, st.one_of(*kinds), check))
+    try_each(examples, st.one_of(*kinds), check)
 
 
 # Checkpoints
@@ -280,7 +288,7 @@ def checkpoints(draw: Callable, good: bytes, whole: dict, code: Path) -> tuple[s
 
 
 @pytest.mark.parametrize("examples", CHECKPOINTS)
-def test_checkpoints(tmp_path, examples, caplog, record_property):
+def test_checkpoints(tmp_path, examples, caplog, try_each):
     file = save_network(tmp_path, data="x", seed=0)
     good, whole = file.read_bytes(), torch.load(file, weights_only=True)
     data = make_video(tmp_path / "data/video_0").parent
@@ -319,8 +327,7 @@ def test_checkpoints(tmp_path, examples, caplog, record_property):
         watch.end()
 
     caplog.set_level(logging.ERROR, "checkpoints")  # most have no digest, which is a line each
-    record_property("broken inputs", examples)
-    in_fork(tmp_path, for_each(examples, checkpoints(good, whole, code), check))
+    try_each(examples, checkpoints(good, whole, code), check)
     assert not code.exists()
 
 
@@ -348,7 +355,7 @@ def texts(draw: Callable) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("examples", TABLES)
-def test_tables_records_and_logs(tmp_path, examples, record_property):
+def test_tables_records_and_logs(tmp_path, examples, try_each):
     data, masks = tmp_path / "data", tmp_path / "masks"
     video, folder = make_video(data / "video_0"), masks / "video_0"
     folder.mkdir(parents=True)
@@ -377,8 +384,7 @@ def test_tables_records_and_logs(tmp_path, examples, record_property):
         path.unlink()
         watch.end()
 
-    record_property("broken inputs", examples)
-    in_fork(tmp_path, for_each(examples, texts(), check))
+    try_each(examples, texts(), check)
 
 
 # Folders
