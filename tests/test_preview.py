@@ -238,7 +238,7 @@ class Page:
 @pytest.fixture
 def page(browser, made):
     opened = Page(browser, made / "out/index.html")
-    opened.until(lambda: all(opened.seen("#grid canvas")[:2]))
+    opened.until(lambda: sum(map(bool, opened.seen("#grid canvas")[:2])) == 2)
     yield opened
     errors = [
         entry for entry in browser.get_log("browser") if "ERR_FILE_NOT_FOUND" not in str(entry)
@@ -333,7 +333,7 @@ def test_only_what_is_near_the_window_is_loaded(browser, made, tmp_path):
     known["videos"][0] = first
     preview.write_script(tmp_path / "out/videos.js", "const PREVIEW = ", known)
     page = Page(browser, tmp_path / "out/index.html")
-    page.until(lambda: page.seen("#grid canvas")[0])
+    page.until(lambda: any(page.seen("#grid canvas")[:1]))
     assert page.texts("#count") == ["500 videos"]
     assert 0 < page.run("return inSight.size") < 60
     browser.get_log("browser")
