@@ -36,16 +36,14 @@ from typing import Any
 
 import torch
 
-import check
 import checkpoints
 import files
 import infer
 import utils
-from model import UNet
-from peers import NETWORKS
-from quality import measure_quality
-from render import DEMO_DATA, render_demo
-from speed import (
+from bench import check
+from bench.peers import NETWORKS
+from bench.quality import measure_quality
+from bench.speed import (
     linked_videos,
     measure_infer,
     measure_networks,
@@ -55,6 +53,8 @@ from speed import (
     synthetic_batch,
     timed,
 )
+from model import UNet
+from render import DEMO_DATA, render_demo
 from videos import find_videos
 
 try:

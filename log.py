@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from files import atomic_write, named
-from pictures import draw_columns
+from page.pictures import draw_columns
 from utils import UserError
 
 FIELDS = (

@@ -33,7 +33,7 @@ from classes import CLASS_NAMES, NUM_CLASSES
 from files import atomic_write, delete_scraps
 from metrics import class_iou, count_segments, frame_confusions, panoptic_quality, video_figures
 from objects import TABLE, Tracks, table
-from pictures import (
+from page.pictures import (
     FAULTS,
     columns_for,
     difference_sheet,
@@ -47,7 +47,7 @@ from pictures import (
 from utils import UserError, at_least, make_parser, run_script
 from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
 
-PAGE = {"preview.html": "index.html", "preview.js": "preview.js", "draw.js": "draw.js"}
+PAGE = Path(__file__).parent / "page"  # the files that a browser opens
 FORMAT = 1  # of the files for a video: those of another are made again
 PICTURES = ("frames.jpg", "masks.png", "truth.png", "differs.png")  # the last two if labelled
 QUALITY = 88  # of the JPEG: about 3 KB for a frame of 240 x 160
@@ -224,9 +224,9 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
         raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
     if len(chosen) < len(videos):
         print(f"{len(videos) - len(chosen)} of {len(videos)} videos have no masks: left out")
-    for source, target in PAGE.items():
-        with atomic_write(out / target) as file:
-            file.write(Path(__file__).with_name(source).read_bytes())
+    for name in ("index.html", "preview.js", "draw.js"):
+        with atomic_write(out / name) as file:
+            file.write((PAGE / name).read_bytes())
 
     def job(video: Path) -> tuple[dict[str, Any], list[str]]:
         name = video.relative_to(data).as_posix()

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from classes import NUM_CLASSES
 from files import atomic_write
-from raytrace import CELL, develop, lamp_points, render_frames
-from scene import make_scene
+from synthetic.raytrace import CELL, develop, lamp_points, render_frames
+from synthetic.scene import make_scene
 from utils import (
     UserError,
     at_least,

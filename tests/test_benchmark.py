@@ -12,9 +12,8 @@ from torch import nn
 
 import benchmark
 import infer
-import peers
-import speed
 import train
+from bench import peers, speed
 from model import UNet
 from render import render_video
 from videos import frame_paths

@@ -10,7 +10,7 @@ from conftest import write_video
 
 import batches
 import benchmark
-import check
+from bench import check
 from optim import MuonAdamW
 from render import render_video
 from videos import find_videos, read_labels, read_video

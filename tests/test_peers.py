@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import peers
+from bench import peers
 from classes import NUM_CLASSES
 from optim import MuonAdamW
 

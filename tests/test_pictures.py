@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_video, write_video
 
-import pictures
 from classes import class_id
+from page import pictures
 from utils import UserError
 
 SQUARE = np.zeros((1, 5, 5), np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
-from scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
+from synthetic.raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
+from synthetic.scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
 
 
 def one_object(shape, turn=0.0):

@@ -15,10 +15,10 @@ from conftest import ROOT, run
 from PIL import Image
 
 import render
-import scene
 import train
 from classes import class_id
 from files import atomic_write
+from synthetic import scene
 from utils import UserError, run_script
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from classes import CLASS_NAMES
-from scene import FOOTPRINT, make_scene, place, simulate
+from synthetic.scene import FOOTPRINT, make_scene, place, simulate
 
 
 def test_objects_never_interpenetrate():

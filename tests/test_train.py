@@ -32,7 +32,7 @@ from classes import CLASS_NAMES
 from dataset import CLEVRDataset, split_videos
 from model import UNet
 from optim import learning_rate_at, settle_statistics
-from pictures import draw_labels
+from page.pictures import draw_labels
 from render import render_video
 from runs import LAST, Keeper, Run
 from utils import Processes

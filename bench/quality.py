@@ -19,10 +19,10 @@ import infer
 import train
 import utils
 from batches import ShardedBatches
+from bench.peers import NETWORKS
+from bench.speed import INFER_BATCH, schedule, train_loader
 from dataset import CLEVRDataset, split_videos
 from evaluate import Tally
-from peers import NETWORKS
-from speed import INFER_BATCH, schedule, train_loader
 
 LOOKS = 40  # at a network while it learns
 LOOK_AT = 44  # validation frames, evenly apart

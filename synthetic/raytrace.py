@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from scene import LAMP_RADIUS, SHRINK, SMALL, Scene, dot, unit
+from synthetic.scene import LAMP_RADIUS, SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance of each lamp in metal

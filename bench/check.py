@@ -34,13 +34,14 @@ import train
 import utils
 from augment import augment
 from batches import ShardedBatches
+from bench.speed import INFER_BATCH, calls_for, timed
 from dataset import CLEVRDataset
 from model import UNet
 from runs import Run
-from speed import INFER_BATCH, calls_for, timed
 from videos import find_videos, read_labels, read_video
 
-WEIGHTS = Path(__file__).parent / "weights/clevr_unet.pt"
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "weights/clevr_unet.pt"
 CPU = torch.device("cpu")
 VIDEOS, SEED, OBJECTS = 2, 7, (4, 8)  # what is rendered to look at
 STEP_FRAMES, STEP_RATE = 16, 1e-3  # of a training step: train.py's batch; a quarter of its rate
@@ -233,7 +234,8 @@ def two_processes(case: Case) -> Finding:
     name = str(case.device)  # of several processes each gets its own
     figures = label_and_validate(data, case.ckpt, one, name)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, __file__, *map(str, (data, case.ckpt, two, name))]
+    arguments = map(str, (data, case.ckpt.resolve(), two, name))
+    command = [sys.executable, *launcher, "-m", "bench.check", *arguments]
     shared = json.loads(run_alone(command).splitlines()[-1])
     wrong = pixels = 0
     for video in find_videos(data):
@@ -249,7 +251,7 @@ def two_processes(case: Case) -> Finding:
 def run_alone(command: list[str]) -> str:
     """Return what a command prints. Raises RuntimeError with its last error if it fails."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         try:
             output, errors = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:

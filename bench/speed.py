@@ -29,12 +29,12 @@ import train
 import utils
 from augment import augment
 from batches import ShardedBatches, lanes_for
+from bench.peers import NETWORKS, Peer
 from dataset import CLEVRDataset, split_videos
 from model import UNet
 from objects import Tracks, follow
 from optim import MuonAdamW, learning_rate_at
 from parts import gather
-from peers import NETWORKS, Peer
 from videos import frame_paths, read_video
 
 SIZE = infer.FRAME_SIZE

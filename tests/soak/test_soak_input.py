@@ -1,4 +1,4 @@
-"""Broken input by the thousand; `pytest -m soak -n 0 -s tests/test_soak_input.py` counts it.
+"""Broken input by the thousand; `pytest -m soak -n 0 -s tests/soak/test_soak_input.py` counts it.
 
 Each test forks a process that reads one input after the other. Each input must give the right
 result, or one sentence that names the file, in 20 seconds and 2 GiB, and must not be changed.
