@@ -1,27 +1,21 @@
 """Batches: which frames or whole videos come together, who takes them, and who reads them ahead."""
 
-import contextlib
 import math
 import multiprocessing
 import shutil
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from dataset import CLEVRDataset, split_videos
-from utils import Processes, UserError, usable_cpus, why_alone
+from devices import Processes, usable_cpus, why_alone
+from utils import UserError
 
 MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
-MAX_LANES = 16  # threads that label videos of their own
-GPU_LANES = 4  # one launches while another waits for its labels or for the disk
 EPOCH_STEPS = 20  # at least: eight such epochs bring trained weights to the look of a few videos
 
 
@@ -133,112 +127,21 @@ def videos_of(loader: DataLoader, numbers: Iterable[int]) -> list[str]:
     return [str(dataset.videos[v]) for v in sorted({int(dataset.index[i][0]) for i in frames})]
 
 
-class WholeVideos(Dataset):
-    """The videos of a CLEVRDataset, each whole or with the sentence that says why it is not.
-
-    An item is the number of a video, its frames uint8 (T, 3, H, W), and what is wrong with it.
-    """
-
-    def __init__(self, dataset: CLEVRDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset.videos)
-
-    def __getitem__(self, v: int) -> tuple[int, Tensor, str]:
-        try:
-            return v, self.dataset.video(v), ""
-        except UserError as error:
-            return v, torch.empty(0), str(error)
-
-    def read(self, numbers: Iterable[int]) -> list[tuple[int, Tensor, str]]:
-        """Return the videos of these numbers."""
-        return [self[v] for v in numbers]
-
-    def loader(self, batches: list[list[int]], workers: int, pin: bool) -> DataLoader:
-        """Return a DataLoader whose `workers` processes read the videos of each batch ahead."""
-        return DataLoader(
-            self,
-            batch_sampler=batches,
-            num_workers=workers,
-            multiprocessing_context=worker_start(workers),
-            collate_fn=list,
-            pin_memory=pin,
-        )
-
-
-def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the numbers of consecutive videos that together have at most `batch_size` frames.
-
-    A longer video comes alone. No batch holds half a video.
-    """
-    group, frames = [], 0
-    for v, length in enumerate(lengths):
-        if group and frames + length > batch_size:
-            yield group
-            group, frames = [], 0
-        group.append(v)
-        frames += length
-    if group:
-        yield group
-
-
-def evenly(frames: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Split frames (N, ...) into as few batches of at most `most` as can be, all about as large."""
-    return frames.tensor_split(math.ceil(len(frames) / most))
-
-
-def in_lanes(job: Callable[[Any], Any], items: Iterable[Any], lanes: int) -> Iterator[Any]:
-    """Yield job(item) for each item, in order; `lanes` run at once, and few wait their turn."""
-    with ThreadPoolExecutor(lanes) as pool:
-        ahead: deque[Future] = deque()
-        for item in items:
-            ahead.append(pool.submit(job, item))
-            if len(ahead) > 2 * lanes:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def lanes_for(device: torch.device, threads: int) -> tuple[int, int]:
-    """Return how many videos are labelled at once, and with how many threads each.
-
-    On a CPU each core has its own, which loses less than sharing one, and there is one more, so
-    that no core is idle while a mask is flushed to the disk.
-    """
-    if device.type == "cpu":
-        share = math.ceil(threads / MAX_LANES)
-        return threads // share + 1, share
-    return (1 if device.type == "mps" else GPU_LANES), 1  # Apple's bears one thread
-
-
-@contextlib.contextmanager
-def threads_shared(device: torch.device) -> Iterator[int]:
-    """Give each of the lanes its share of this process's threads; yields how many they are."""
-    threads = torch.get_num_threads()
-    lanes, share = lanes_for(device, threads)
-    torch.set_num_threads(share)  # of this thread and of those to come
-    try:
-        yield lanes
-    finally:
-        torch.set_num_threads(threads)
-
-
 def choose_workers(
-    asked: int | None, batch: int, processes: Processes, most: int = MAX_READERS
+    requested: int | None, batch: int, processes: Processes, most: int = MAX_READERS
 ) -> int:
     """Return how many processes read for this one: no more than there are cores and memory for.
 
     Args:
-        asked: How many the user wants; None: the default.
+        requested: How many the user wants; None: the default.
         batch: Bytes of what is read ahead once, of all processes together.
         processes: Those that share this machine's cores and shared memory.
         most: The default has no more.
     """
-    if asked is None:
+    if requested is None:
         cores = usable_cpus() // processes.local_count - 1  # one feeds the device
-        asked = 0 if processes.device.type == "cpu" else min(most, max(0, cores))
-    if not asked:
+        requested = 0 if processes.device.type == "cpu" else min(most, max(0, cores))
+    if not requested:
         return 0
     if why := why_alone():
         if processes.first:
@@ -246,12 +149,12 @@ def choose_workers(
         return 0
     shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
     if not shared.is_dir():  # not Linux
-        return asked
+        return requested
     free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
     fit = free * processes.count // ahead
-    if fit < asked and processes.first:
-        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {asked}")
-    return min(asked, fit)
+    if fit < requested and processes.first:
+        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {requested}")
+    return min(requested, fit)
 
 
 def leave_signals(worker: int) -> None:

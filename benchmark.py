@@ -7,8 +7,7 @@
 
 networks   parameters, multiply-adds; inference (bytes to labels) and training (forward, loss,
            backward, optimiser) of whole frames, in the memory format that is faster for each
-scripts    infer.py and train.py end to end. infer.py over its bound: the cores over a frame's core
-           time for decoding, network, objects and writing; train.py over its step and its reading
+scripts    infer.py and train.py end to end, over their network alone and their reading alone
 memory     peak of each network in a process of its own; of infer.py on 20 and on 2,000 videos
 --minutes  trains each network that long with train.py's recipe; its validation mIoU, frame by frame
            and through objects.py, and after how many minutes it saw 0.9 of the objects (quality.py)
@@ -37,6 +36,7 @@ from typing import Any
 import torch
 
 import checkpoints
+import devices
 import files
 import infer
 import utils
@@ -53,9 +53,10 @@ from bench.speed import (
     synthetic_batch,
     timed,
 )
+from checkpoints import SHIPPED
 from model import UNet
 from render import DEMO_DATA, render_demo
-from videos import find_videos
+from videos import Video, find_videos
 
 try:
     import resource
@@ -126,7 +127,7 @@ def infer_peak(arguments: list[str]) -> int | None:
 
 
 def measure_memory(
-    names: list[str], model: UNet, videos: list[Path], batch_size: int, device: torch.device
+    names: list[str], model: UNet, videos: list[Video], batch_size: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return peaks in bytes: of each network, and of infer.py on few and on many videos."""
     rows = []
@@ -141,7 +142,7 @@ def measure_memory(
         )
         for number in MEMORY_VIDEOS:
             root = Path(folder, str(number))
-            linked_videos(videos, root, number)
+            linked_videos(videos, root / "data", number)
             paths = ["--ckpt", ckpt, "--data", root / "data", "--out", root / "masks"]
             peak = in_new_process(infer_peak, [*map(str, paths), "--device", str(device)])
             rows.append({"what": f"infer.py, {number} videos", "peak_bytes": peak})
@@ -181,8 +182,6 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
     "scripts": {
         "what": lambda r: r["what"],
         "frames/s": lambda r: f"{r['frames_per_s']:.4g}",
-        "core time, ms a frame": lambda r: if_known(r.get("ms_a_frame"), "{:.3f}"),
-        "of all cores": lambda r: if_known(r.get("cores_had"), "{:.0%}"),
         "end to end over it": lambda r: if_known(r.get("end_to_end_over"), "{:.3f}"),
     },
     "memory": {
@@ -249,15 +248,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Measure what the command line asks for, one part after another; 1 if --check is not well."""
     args = parse_args()
-    device = utils.choose_device(args.device)
+    device = devices.choose_device(args.device)
     batch_size = args.batch_size or (64 if device.type != "cpu" else 4)
     train_batch = max(TRAIN_BATCH, batch_size)
     header = utils.log_header(device)
     print(header, flush=True)
     if args.check:
-        return check.report(device, args.ckpt or check.WEIGHTS)
+        return check.report(device, args.ckpt or SHIPPED)
     names = installed(args.networks)
-    videos: list[Path] = []
+    videos: list[Video] = []
     if args.minutes or set(args.only) - {"networks"}:
         if args.data == DEMO_DATA:
             render_demo()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from errors import no_memory
 from files import atomic_write
-from utils import VERSION, UserError
+from utils import VERSION, UserError, no_memory
 
+SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"  # what comes with the project
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ Prints videos, frames, sizes and the classes present, and names each video that 
 exit status is 1 then.
 """
 
-import hashlib
 import logging
 import math
 import os
@@ -15,32 +14,35 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.tv_tensors import Image, Mask
+from tqdm import tqdm
 
 from classes import CLASS_NAMES, NUM_CLASSES
-from files import atomic_write, delete_scraps
+from devices import in_threads
+from files import atomic_write, delete_leftovers, digest, file_state
 from utils import UserError, make_parser, run_script
 from videos import (
+    MASK,
+    Video,
+    VideoReport,
     find_labelled,
     find_videos,
-    frame_paths,
-    in_threads,
     inspect_video,
+    list_video,
     load_video,
     odd_sizes,
-    pixels,
     read_frame,
     read_mask,
     read_video,
+    size_text,
 )
 
 OPEN_MASKS = 256  # files that stay open where there is no cache; often 1024 are allowed
+BAR = {"leave": False, "disable": None, "unit": "video"}  # no progress bar in a log file
 logger = logging.getLogger(__name__)
 
 
@@ -57,8 +59,8 @@ class CLEVRDataset(Dataset):
 
     Args:
         path: a folder, of which every labelled video is taken, or a list of video folders.
-        transform: transform(image, mask) returns both, changed jointly (torchvision v2); with
-            labelled=False, transform(image).
+        transform: transform(image, mask) returns both, changed jointly (torchvision v2, whose
+            tv_tensors Image and Mask it is given); with labelled=False, transform(image).
         labelled: True takes the videos with mask.npy and checks them whole: one with a fault is
             named on stderr and kept with the reason in `skipped`, out of the data. False takes
             every video, neither checks nor caches, and an item is the frame alone.
@@ -67,9 +69,13 @@ class CLEVRDataset(Dataset):
             video and is named after its path and the sizes and times of its PNGs and mask, so all
             runs, and all splits of a data set, share it, and a change in the data is noticed.
 
-    An item is (Image uint8 (3, H, W), Mask uint8 (H, W)) of tv_tensors, which torch.stack and
-    DataLoader turn into plain tensors. Raises UserError if no video can be used, or later if a
-    file has become unreadable.
+    An item is a frame, uint8 (3, H, W), and its mask, uint8 (H, W). Raises UserError if no video
+    can be used, or later if a file has become unreadable.
+
+    Attributes:
+        videos: Those that are used, as `videos.Video`, in natural order.
+        index: (N, 2), of each item the position in `videos` and the frame within that video.
+        skipped: What is wrong with the others, by their folder.
     """
 
     def __init__(
@@ -80,62 +86,78 @@ class CLEVRDataset(Dataset):
         cache: str | Path | bool = True,
     ):
         self.transform, self.labelled = transform, labelled
-        if isinstance(path, (str, Path)):
-            videos = find_labelled(path) if labelled else find_videos(path)
-        else:
-            videos = [Path(video) for video in path]
         self.skipped: dict[Path, str] = {}
         self._cached: dict[Path, tuple[Path | None, tuple[int, ...]]] = {}  # file, (T, 4, H, W)
         self._opened: dict[int, Tensor | np.ndarray] = {}  # by this process, when first read
+        if isinstance(path, (str, Path)):
+            videos = find_labelled(path) if labelled else find_videos(path)
+        else:
+            videos = self._list(path)
         if labelled:
             self._prepare(videos, _cache_root(cache))
         for reason in self.skipped.values():
             logger.warning("skipped %s", reason)
-        self.videos = [video for video in videos if video not in self.skipped]
-        self._names = [[frame.name for frame in frame_paths(video)] for video in self.videos]
-        if not any(self._names):
-            where = path if isinstance(path, (str, Path)) else ", ".join(map(str, videos[:3]))
+        self.videos = [video for video in videos if video.path not in self.skipped]
+        if not any(video.names for video in self.videos):
+            where = path if isinstance(path, (str, Path)) else ", ".join(map(str, path[:3]))
             what = "labelled video without fault" if labelled else "frame"
             raise UserError(
                 f"{where or 'an empty list'}: no {what}, see what python dataset.py says."
             )
-        lengths = list(map(len, self._names))
+        lengths = [len(video.names) for video in self.videos]
         pairs = [np.arange(n) for n in lengths]
-        # (N, 2): the position in `videos` and the frame within that video, for each item
         self.index = np.stack([np.repeat(np.arange(len(pairs)), lengths), np.concatenate(pairs)], 1)
 
-    def _prepare(self, videos: list[Path], root: Path | None) -> None:
+    def _list(self, videos: Sequence[str | Path | Video]) -> list[Video]:
+        """Return videos with the names of their frames; a folder that cannot be read is skipped."""
+        found = []
+        for video in videos:
+            try:
+                found.append(video if isinstance(video, Video) else list_video(video))
+            except UserError as error:
+                if not self.labelled:
+                    raise
+                self.skipped[Path(video)] = str(error)
+        return found
+
+    def _prepare(self, videos: list[Video], root: Path | None) -> None:
         """Check all videos; decode those that the cache does not hold yet."""
         files = {video: _cache_file(root, video) for video in videos}
         for file in filter(None, files.values()):
-            delete_scraps(file.parent)
-        found: dict[Path, Any] = {video: _cached_shape(files[video]) for video in videos}
+            delete_leftovers(file.parent)
+        shapes = {video: _cached_shape(files[video]) for video in videos}
         failures: list[OSError] = []
 
-        def decode(video: Path) -> tuple[int, ...] | str:
+        def decode(video: Video) -> tuple[tuple[int, ...] | None, str]:
+            """Return the shape of a video that is whole, and what is wrong with another."""
             if shape := _cached_shape(files[video]):  # another process was first
-                return shape
+                return shape, ""
             report, block = load_video(video)
             if block is None:
-                return " ".join(report.faults) or f"{video}: no mask.npy in it."
+                return None, " ".join(report.faults) or f"{video}: no {MASK} in it."
             unchanged = files[video] == _cache_file(root, video)  # while it was being read
             try:
                 if files[video] and unchanged and not failures:
                     _save_whole(files[video], block)
             except OSError as error:
                 failures.append(error)
-            return block.shape
+            return block.shape, ""
 
-        todo = [video for video in videos if found[video] is None]
+        todo = [video for video in videos if shapes[video] is None]
         random.Random().shuffle(todo)  # so that processes started together share the work
-        found |= zip(todo, in_threads(decode, todo, "decoding"), strict=True)
+        decoded = tqdm(in_threads(decode, todo), "decoding", len(todo), **BAR)
+        for video, (shape, fault) in zip(todo, decoded, strict=True):
+            shapes[video] = shape
+            if fault:
+                self.skipped[video.path] = fault
         if failures:
             text = "cache %s cannot be written (%s): every epoch decodes the PNGs again"
             logger.warning(text, root, failures[0].strerror)
-        faults = {video: shape for video, shape in found.items() if isinstance(shape, str)}
-        self._cached = {v: (files[v], shape) for v, shape in found.items() if v not in faults}
-        faults |= odd_sizes({v: tuple(shape[2:]) for v, (_, shape) in self._cached.items()})
-        self.skipped = {video: faults[video] for video in videos if video in faults}
+        whole = {video: shape for video, shape in shapes.items() if shape}
+        odd = odd_sizes({video: shape[2:] for video, shape in whole.items()})
+        faults = self.skipped | {video.path: fault for video, fault in odd.items()}
+        self.skipped = {v.path: faults[v.path] for v in videos if v.path in faults} | faults
+        self._cached = {video.path: (files[video], shape) for video, shape in whole.items()}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}  # a worker process opens its own
@@ -143,14 +165,18 @@ class CLEVRDataset(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, i: int) -> tuple[Image, Mask] | Image:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | Tensor:
         v, t = self.index[i]
         if not self.labelled:
-            image = Image(read_frame(self.videos[v] / self._names[v][t]))
-            return self.transform(image) if self.transform else image
-        frame, mask = self._read(v, t)
-        sample = Image(frame.clone()), Mask(mask.clone())  # the cache is not the caller's to change
-        return self.transform(*sample) if self.transform else sample
+            sample = [read_frame(self.videos[v].frames[t])]
+        else:  # the cache is not the caller's to change
+            sample = [part.clone() for part in self._read(v, t)]
+        if self.transform:
+            from torchvision.tv_tensors import Image, Mask  # a second; plain tensors need none
+
+            kinds = zip((Image, Mask), sample, strict=False)
+            return self.transform(*(kind(part) for kind, part in kinds))
+        return tuple(sample) if self.labelled else sample[0]
 
     def video(self, v: int) -> Tensor:
         """Return all frames of self.videos[v], decoded and checked anew: uint8 (T, 3, H, W).
@@ -166,24 +192,24 @@ class CLEVRDataset(Dataset):
         block = self._opened[v]
         if isinstance(block, Tensor):
             return block[t, :3], block[t, 3]
-        frame = read_frame(self.videos[v] / self._names[v][t])
-        return frame, torch.from_numpy(block[t].astype(np.uint8))
+        return read_frame(self.videos[v].frames[t]), torch.from_numpy(block[t].astype(np.uint8))
 
     def _open(self, v: int) -> Tensor | np.ndarray:
         """Map a cached video, uint8 (T, 4, H, W), or without a cache its mask file, (T, H, W)."""
-        file, shape = self._cached[self.videos[v]]
+        folder = self.videos[v].path
+        file, shape = self._cached[folder]
         with suppress(OSError, RuntimeError):  # a cache deleted since: back to the PNGs
             if file:  # not as np.memmap, which holds a file descriptor for each video
                 data = torch.from_file(str(file), False, file.stat().st_size, dtype=torch.uint8)
                 return data[-math.prod(shape) :].view(shape)
         if len(self._opened) >= OPEN_MASKS:
             self._opened.clear()
-        if (mask := read_mask(self.videos[v])) is None:
-            raise UserError(f"{self.videos[v]}: its mask.npy is gone, start again.")
+        if (mask := read_mask(folder)) is None:
+            raise UserError(f"{folder}: its {MASK} is gone, start again.")
         return mask
 
 
-def split_videos(path: Path, seed: int) -> tuple[list[Path], list[Path]]:
+def split_videos(path: Path, seed: int) -> tuple[list[Video], list[Video]]:
     """Return the training and the validation videos, never parts of one video in both.
 
     They are those in path/train and path/val where there are both; else a tenth of all labelled
@@ -213,19 +239,13 @@ def _cache_root(cache: str | Path | bool) -> Path | None:
     return Path(cache) if cache else None
 
 
-def _digest(item: object) -> str:
-    return hashlib.blake2b(repr(item).encode(), digest_size=16).hexdigest()
-
-
-def _cache_file(root: Path | None, video: Path) -> Path | None:
+def _cache_file(root: Path | None, video: Video) -> Path | None:
     """Return root/<digest of the video's path>/<digest of its files' names, sizes, times>.npy."""
-    try:
-        with os.scandir(video) as entries:
-            used = {e.name: e.stat() for e in entries if e.name.endswith((".png", ".npy"))}
-    except OSError:  # a dangling link, say: checking the video will name it
+    if root is None:
         return None
-    facts = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in sorted(used.items())]
-    return root and root / _digest(os.path.realpath(video)) / f"{_digest(facts)}.npy"
+    states = [*video.state(ctime=True), file_state(video.path / MASK, ctime=True)]
+    folder = digest(os.fsencode(os.path.realpath(video.path)))
+    return root / folder / f"{digest(repr(states).encode())}.npy"
 
 
 def _cached_shape(file: Path | None) -> tuple[int, ...] | None:
@@ -246,15 +266,18 @@ def _save_whole(file: Path, block: np.ndarray) -> None:
 
 def print_report(path: str | Path) -> int:
     """Print what the videos below `path` hold and their faults; return how many have a fault."""
-    reports = list(in_threads(inspect_video, find_videos(path), "reading"))
-    odd = odd_sizes({r.video: r.size for r in reports if r.labelled and not r.faults})
+    videos = find_videos(path)
+    reports: list[VideoReport] = list(
+        tqdm(in_threads(inspect_video, videos), "reading", len(videos), **BAR)
+    )
+    odd = odd_sizes({r.video: r.size for r in reports if r.video.labelled and not r.faults})
     kinds = Counter()
     for r in reports:
         r.faults += [odd[r.video]] if r.video in odd else []
-        size = pixels(r.size) if r.size else "no readable frame"
-        mask = "labelled" if r.labelled else "without mask.npy"
-        kinds[f"{r.video.parent}", f"{r.frames} frames, {size}, {mask}"] += 1
-    print(f"{path}: {len(reports)} videos, {sum(r.frames for r in reports)} frames")
+        size = size_text(r.size) if r.size else "no readable frame"
+        mask = "labelled" if r.video.labelled else f"without {MASK}"
+        kinds[f"{r.video.path.parent}", f"{len(r.video.names)} frames, {size}, {mask}"] += 1
+    print(f"{path}: {len(reports)} videos, {sum(len(r.video.names) for r in reports)} frames")
     for (folder, kind), count in kinds.items():
         print(f"  {folder}: {count} x {kind}")
     present = Counter(i for r in reports for i in r.classes)

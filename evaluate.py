@@ -11,7 +11,6 @@ and of which more than half is found in no frame.
 """
 
 import contextlib
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from classes import NUM_CLASSES
-from files import atomic_write
+from files import write_json
 from metrics import (
     Segments,
     count_segments,
@@ -32,7 +31,7 @@ from metrics import (
     video_figures,
 )
 from utils import UserError, make_parser, run_script
-from videos import find_videos, frame_paths, read_frame, read_labels, read_mask
+from videos import MASK, Video, find_videos, read_frame, read_labels, read_mask
 
 NUM_WORST = 10  # videos listed at the end of the report
 
@@ -89,7 +88,7 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     """
     tally, missing, skipped = Tally(), [], 0
     for video in find_videos(data):
-        name = video.relative_to(data)  # "." if `data` is itself a video
+        name = video.path.relative_to(data)  # "." if `data` is itself a video
         try:
             truth = read_truth(video, pred / name)
         except UserError as error:
@@ -100,7 +99,7 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
             continue
         mask = read_labels(pred / name, len(truth), truth.shape[1:])
         if mask is None:
-            missing.append(pred / name / "mask.npy")
+            missing.append(pred / name / MASK)
         else:
             tally.add(name.as_posix(), truth, mask)
     if missing:
@@ -114,7 +113,7 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     return {"skipped": skipped, **tally.figures()}
 
 
-def read_truth(video: Path, pred: Path) -> Tensor | None:
+def read_truth(video: Video, pred: Path) -> Tensor | None:
     """Return the true labels of a video, (T, H, W), or None if it has none.
 
     A frame is looked at only where the prediction has another size, to know whose fault that is.
@@ -122,12 +121,11 @@ def read_truth(video: Path, pred: Path) -> Tensor | None:
     Raises:
         UserError: they are faulty, or not of the size of the frames.
     """
-    frames = frame_paths(video)
-    truth, mask = read_labels(video, len(frames)), None
+    truth, mask = read_labels(video.path, len(video.names)), None
     with contextlib.suppress(UserError):  # what is wrong with the prediction is said later
         mask = read_mask(pred)
     if truth is not None and mask is not None and mask.shape[1:] != truth.shape[1:]:
-        read_labels(video, size=read_frame(frames[0]).shape[1:])
+        read_labels(video.path, size=read_frame(video.frames[0]).shape[1:])
     return truth
 
 
@@ -182,9 +180,7 @@ def main() -> None:
     result = score(args.pred, args.data)
     result["command"] = shlex.join(["python", *sys.argv])
     if args.json:
-        text = json.dumps(result, indent=1, allow_nan=False)
-        with atomic_write(args.json) as file:
-            file.write(f"{text}\n".encode())
+        write_json(args.json, result, indent=1)
     print(report(result))
 
 

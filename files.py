@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all, and what killed writers of them leave."""
+"""Files: written whole or not at all; what killed writers leave; what tells one from another."""
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -27,8 +29,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        delete_scraps(path.parent, path.name)
-        with _open_scrap(path) as (temporary, file):
+        delete_leftovers(path.parent, path.name)
+        with _open_temporary(path) as (temporary, file):
             try:
                 with file:
                     yield file
@@ -48,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Let an OSError name `path` where it names no file, or the scrap that was written instead."""
+    """Let an OSError name `path` where it names no file, or the temporary one."""
     try:
         yield
     except OSError as error:
@@ -59,8 +61,8 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _open_scrap(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """Open a new file beside `path`; it is locked, so that no other process takes it for a scrap.
+def _open_temporary(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Open a new, locked file beside `path`, which no other process deletes as a leftover.
 
     The lock outlives the file object: the file can be closed, then renamed, and is safe meanwhile.
     """
@@ -82,7 +84,7 @@ def _open_scrap(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
             os.close(lock)
 
 
-def delete_scraps(folder: Path, name: str | None = None) -> None:
+def delete_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete what killed runs of `atomic_write` have left in a folder, but not what is written now.
 
     Args:
@@ -93,13 +95,42 @@ def delete_scraps(folder: Path, name: str | None = None) -> None:
         return
     begin = "." if name is None else f".{name}."
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for scrap in [e.path for e in entries if e.name.startswith(begin)]:
-            if not scrap.endswith(".tmp"):
+        for leftover in [e.path for e in entries if e.name.startswith(begin)]:
+            if not leftover.endswith(".tmp"):
                 continue
             with contextlib.suppress(OSError):  # its writer lives, or it is somebody else's
-                lock = os.open(scrap, os.O_RDWR)
+                lock = os.open(leftover, os.O_RDWR)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    Path(scrap).unlink(missing_ok=True)
+                    Path(leftover).unlink(missing_ok=True)
                 finally:
                     os.close(lock)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Write a value as JSON, by `atomic_write`. Raises ValueError for what JSON has no word for."""
+    separators = None if indent else (",", ":")
+    text = json.dumps(value, indent=indent, separators=separators, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def digest(data: bytes) -> str:
+    """Return 32 hexadecimal digits that tell data apart."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_state(path: Path, ctime: bool = False) -> list[str | int] | None:
+    """Return a file's name, size in bytes and time in nanoseconds, which a new content changes.
+
+    With `ctime` also the time that only the system sets: a copy has another one. Of a link to
+    nothing it is the link's state; None where there is no file.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        try:
+            stat = path.lstat()
+        except OSError:
+            return None
+    return [path.name, stat.st_size, stat.st_mtime_ns, *[stat.st_ctime_ns] * ctime]

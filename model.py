@@ -23,8 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import loss
 from checkpoints import count_weights, is_finite, load_checkpoint
 from classes import FACTOR_SIZES, from_factors
-from errors import no_memory
-from utils import UserError, has_bfloat16, same_kernels
+from devices import has_bfloat16, same_kernels
+from utils import UserError, no_memory
 
 NUM_FACTORS = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from utils import Processes, has_bfloat16, mixed_precision
+from devices import Processes, has_bfloat16, mixed_precision
 
 WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
 AVERAGE_DECAY = 0.995  # of the running mean of the weights, a step

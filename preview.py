@@ -16,23 +16,23 @@ made and what is still true is kept, so a run that was killed goes on where it s
 """
 
 import argparse
-import csv
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from classes import CLASS_NAMES, NUM_CLASSES
-from files import atomic_write, delete_scraps
+from classes import CLASS_NAMES
+from devices import in_threads
+from files import atomic_write, delete_leftovers, digest, file_state
 from metrics import class_iou, count_segments, frame_confusions, panoptic_quality, video_figures
-from objects import TABLE, Tracks, table
+from objects import Objects
+from outputs import TABLE, read_confidence, table
 from page.pictures import (
     FAULTS,
     columns_for,
@@ -45,7 +45,7 @@ from page.pictures import (
     tile_size,
 )
 from utils import UserError, at_least, make_parser, run_script
-from videos import find_videos, frame_paths, in_threads, is_labelled, read_labels, read_video
+from videos import MASK, Video, find_videos, has_mask, read_labels, read_video
 
 PAGE = Path(__file__).parent / "page"  # the files that a browser opens
 FORMAT = 1  # of the files for a video: those of another are made again
@@ -54,12 +54,12 @@ QUALITY = 88  # of the JPEG: about 3 KB for a frame of 240 x 160
 FRAME_TIME = 125  # milliseconds, of a moving strip
 
 
-def preview_video(name: str, video: Path, masks: Path, out: Path, width: int) -> dict[str, Any]:
+def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -> dict[str, Any]:
     """Write the pictures and video.js of one video; return what video.js holds.
 
     Args:
         name: By which the page knows it.
-        video: The folder of frames, and maybe of true masks.
+        video: The frames, and maybe true masks.
         masks: The folder of its mask.npy, and maybe objects.csv.
         out: The folder to write to. What is there and was made of the same files is kept.
         width: Pixels of a frame in the preview, at most.
@@ -72,13 +72,20 @@ def preview_video(name: str, video: Path, masks: Path, out: Path, width: int) ->
     known = read_record(out / "video.js")
     if known and known.get("source") == source:
         return known
-    delete_scraps(out)
+    delete_leftovers(out)
     frames = read_video(video).permute(0, 2, 3, 1).numpy()
     shape = frames.shape[:3]
     labels = read_labels(masks, shape[0], shape[1:])
     faults: list[str] = []
-    truth = _attempt(faults, lambda: read_labels(video, shape[0], shape[1:]))
-    confidence = _attempt(faults, lambda: read_confidence(masks / TABLE)) or {}
+    truth, confidence = None, {}
+    try:
+        truth = read_labels(video.path, shape[0], shape[1:])
+    except UserError as error:
+        faults.append(str(error))
+    try:
+        confidence = read_confidence(masks)
+    except UserError as error:
+        faults.append(str(error))
     drawn = [ids.numpy() for ids in (labels, truth) if ids is not None]
     small, *drawn = reduced(frames, drawn, width)
     record = {
@@ -100,49 +107,11 @@ def preview_video(name: str, video: Path, masks: Path, out: Path, width: int) ->
     return record
 
 
-def _attempt(faults: list[str], read: Callable[[], Any]) -> Any:
-    """Return what `read` does, or None and keep what is wrong."""
-    try:
-        return read()
-    except UserError as error:
-        faults.append(str(error))
-        return None
-
-
-def fingerprint(name: str, video: Path, masks: Path, width: int) -> str:
+def fingerprint(name: str, video: Video, masks: Path, width: int) -> str:
     """Return a digest of what a preview is made of: names, sizes and times of files, options."""
-    paths = [*frame_paths(video), video / "mask.npy", masks / "mask.npy", masks / TABLE]
-    facts: list[Any] = [FORMAT, QUALITY, name, width]
-    for path in paths:
-        try:
-            stat = path.stat()
-            facts.append((path.name, stat.st_size, stat.st_mtime_ns))
-        except OSError:  # not there
-            facts.append(None)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def read_confidence(path: Path) -> dict[int, float]:
-    """Return the confidence of each class in an objects.csv that infer.py wrote, if it is there.
-
-    Raises:
-        UserError: it is not such a table.
-    """
-    if not os.path.lexists(path):
-        return {}
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            found = {int(row["class_id"]): float(row["confidence"]) for row in rows}
-        if not all(0 <= sure <= 1 for sure in found.values()):
-            raise ValueError
-        return found
-    except (OSError, KeyError, TypeError, ValueError, csv.Error):
-        raise UserError(
-            f"{path}: not a table of objects as infer.py writes it, delete the file."
-        ) from None
+    others = (video.path / MASK, masks / MASK, masks / TABLE)
+    states = [*video.state(), *map(file_state, others)]
+    return digest(repr([FORMAT, QUALITY, name, width, states]).encode())
 
 
 def describe_objects(
@@ -155,7 +124,7 @@ def describe_objects(
     """
     iou = None if truth is None else class_iou(frame_confusions(truth, labels).sum(0)).tolist()
     objects: dict[int, dict[str, Any]] = {}
-    for row in table(Tracks(labels, dict.fromkeys(range(NUM_CLASSES), 0.0))):
+    for row in table(Objects(labels, confidence)):
         kind, sure = row.class_id, confidence.get(row.class_id)
         if kind not in objects:
             objects[kind] = {
@@ -218,8 +187,8 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
     Returns:
         How many videos it shows, and what is wrong with them or others.
     """
-    videos = {video: masks / video.relative_to(data) for video in find_videos(data)}
-    chosen = [video for video, folder in videos.items() if is_labelled(folder)]
+    videos = {video: masks / video.path.relative_to(data) for video in find_videos(data)}
+    chosen = [video for video, folder in videos.items() if has_mask(folder)]
     if not chosen:
         raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
     if len(chosen) < len(videos):
@@ -228,15 +197,16 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
         with atomic_write(out / name) as file:
             file.write((PAGE / name).read_bytes())
 
-    def job(video: Path) -> tuple[dict[str, Any], list[str]]:
-        name = video.relative_to(data).as_posix()
+    def job(video: Video) -> tuple[dict[str, Any], list[str]]:
+        name = video.path.relative_to(data).as_posix()
         try:
             record = preview_video(name, video, videos[video], out / name, width)
         except UserError as error:
             return {"name": name, "fault": str(error)}, [str(error)]
         return summary(name, record), record["faults"]
 
-    results = list(in_threads(job, chosen, "drawing"))
+    bar = {"leave": False, "disable": None, "unit": "video"}
+    results = list(tqdm(in_threads(job, chosen), "drawing", len(chosen), **bar))
     classes = [
         {"name": name, "colour": "#" + bytes(paint).hex()}
         for name, paint in zip(CLASS_NAMES, object_paint().tolist(), strict=True)

@@ -37,22 +37,15 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from classes import NUM_CLASSES
-from files import atomic_write
+from classes import FRAME_SIZE, NUM_CLASSES
+from devices import choose_device, usable_cpus, why_alone
+from files import atomic_write, write_json
 from synthetic.raytrace import CELL, develop, lamp_points, render_frames
 from synthetic.scene import make_scene
-from utils import (
-    UserError,
-    at_least,
-    choose_device,
-    make_parser,
-    run_script,
-    usable_cpus,
-    why_alone,
-)
+from utils import UserError, at_least, make_parser, run_script
 
 RENDERER = 2  # raised when a seed no longer gives the same bytes
-NUM_FRAMES, HEIGHT, WIDTH = 22, 160, 240  # of the videos that others have; pixels
+NUM_FRAMES, (HEIGHT, WIDTH) = 22, FRAME_SIZE  # of the videos that others have
 RECORD = "render.json"  # beside the videos: what made them
 # Where no data is given: short videos, since a network learns more from other objects than from
 # the same ones a moment later.
@@ -178,8 +171,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
             raise UserError(
                 f"{out} holds videos but no {RECORD} that says what made them: {REMEDY}"
             )
-        with atomic_write(out / RECORD) as file:
-            file.write(json.dumps(settings).encode() + b"\n")
+        write_json(out / RECORD, settings)
     record = read_record(out)
     if record != settings:
         changes = [

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import is_finite, load_checkpoint, save_checkpoint
-from errors import no_memory
+from checkpoints import SHIPPED, is_finite, load_checkpoint, save_checkpoint
+from devices import Processes
 from model import UNet
 from optim import MuonAdamW
 from render import DEMO_DATA
-from utils import Processes, Stopped, UserError
+from utils import Stopped, UserError, no_memory
 
 NOTHING = Path("none")  # of --init
-SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"
 CHECKPOINT_EVERY = 5  # epochs
 SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save

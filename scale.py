@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import UNet
+from classes import FRAME_SIZE
 from utils import UserError
-from videos import MAX_PIXELS
+from videos import MAX_PIXELS, size_text
 
-FRAME_SIZE = 160, 240  # height and width in most CLEVR videos, and where a checkpoint does not say
 SAME = 0.02  # of the width: so little is nothing to an object
 MOST = 16.0  # times larger or smaller
 FINEST = 2.0  # times the learned scale; beyond, the network misses what fills its view
@@ -28,6 +27,13 @@ COARSE_WEIGHT = 0.5  # of the evidence at the learned scale, where edges have be
 REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
 NOTHING = 255  # where no object is; 0 is one that was dropped
+
+
+class Looks(NamedTuple):
+    """The heights and widths at which the network looks at frames."""
+
+    coarse: tuple[int, int]  # at which objects are told apart; may be the frames' own
+    fine: tuple[int, int] | None  # at which the edges of larger frames are looked at once more
 
 
 class Scale(NamedTuple):
@@ -41,11 +47,8 @@ class Scale(NamedTuple):
     learned: tuple[int, int] = FRAME_SIZE
     factor: float | None = None
 
-    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return the sizes at which frames of this size are seen.
-
-        Empty if they are seen as they are; else that at which objects are told apart and, if it
-        is smaller than the frames, a finer one for their edges.
+    def looks(self, height: int, width: int) -> Looks:
+        """Return at which sizes the network looks at frames of this size.
 
         Raises:
             UserError: there is no memory for it.
@@ -54,26 +57,30 @@ class Scale(NamedTuple):
         if factor is None:
             factor = min(max(self.learned[1] / width, 1 / MOST), MOST)
             if abs(factor - 1) <= SAME:
-                return []
-        factors = [factor, min(1.0, FINEST * factor)] if factor < 1 else [factor]
-        sizes = [(max(1, round(height * f)), max(1, round(width * f))) for f in factors]
-        if math.prod(sizes[-1]) > max(MAX_PIXELS, height * width):
+                factor = 1.0
+        sizes = [
+            (max(1, round(height * f)), max(1, round(width * f)))
+            for f in (factor, min(1.0, FINEST * factor))
+        ]
+        largest = max(sizes) if factor < 1 else sizes[0]
+        if math.prod(largest) > max(MAX_PIXELS, height * width):
             raise UserError(
-                f"frames of {width} x {height} would be {sizes[-1][1]} x {sizes[-1][0]} for the "
+                f"frames of {size_text((height, width))} would be {size_text(largest)} for the "
                 "network, which is too large: give a smaller --scale"
             )
-        return [] if sizes[0] == (height, width) else sizes
+        return Looks(sizes[0], sizes[1] if factor < 1 and sizes[0] != (height, width) else None)
 
     def describe(self, height: int, width: int) -> str:
         """Say what is done to frames of this size; "" if nothing is."""
-        if not (sizes := self.sizes(height, width)):
+        coarse, fine = self.looks(height, width)
+        if coarse == (height, width):
             return ""
         why = "the scale that the network learned (--scale 1: as they are)"
         if self.factor is not None:
             why = f"as --scale {self.factor:g} says"
-        size, *finer = (f"{w} x {h}" for h, w in sizes)
-        edges = f", edges are also looked at in {finer[0]}" if finer else ""
-        return f"frames of {width} x {height} are brought to {size}, {why}{edges}"
+        edges = f", edges are also looked at in {size_text(fine)}" if fine else ""
+        frames = f"frames of {size_text((height, width))}"
+        return f"{frames} are brought to {size_text(coarse)}, {why}{edges}"
 
 
 AS_THEY_ARE = Scale(factor=1.0)
@@ -99,8 +106,8 @@ def factor(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 1 / MOST <= value <= MOST:
-        wish = f"give a number from {1 / MOST} to {MOST:g} (1: frames as they are), not {text!r}"
-        raise argparse.ArgumentTypeError(wish)
+        advice = f"give a number from {1 / MOST} to {MOST:g} (1: frames as they are), not {text!r}"
+        raise argparse.ArgumentTypeError(advice)
     return value
 
 
@@ -117,7 +124,7 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
-def outline(model: UNet, frames: Tensor, thing: Tensor, finer: list[tuple[int, int]]) -> Tensor:
+def outline(coarse: Tensor, fine: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Return where there is an object in frames of their own size, (B, H, W) bool.
 
     Logits are interpolated, so that the edge is as smooth as what the network knows of it. A finer
@@ -125,23 +132,21 @@ def outline(model: UNet, frames: Tensor, thing: Tensor, finer: list[tuple[int, i
     objects that are larger than those it learned is right at edges, but may be wrong within.
 
     Args:
-        model: Looks at the frames again where there is a `finer` size.
-        frames: (B, 3, H, W) uint8.
-        thing: (B, 1, h, w) logits of "object" at the learned scale.
-        finer: A height and width at which edges are looked at, or nothing.
+        coarse: (B, 1, h, w) logits of "object" at the learned scale.
+        fine: The same at a finer one, or None.
+        size: The frames' H and W.
     """
 
     def enlarge(logits: Tensor) -> Tensor:
-        return F.interpolate(logits.float(), frames.shape[-2:], mode="bilinear")[:, 0]
+        return F.interpolate(logits.float(), size, mode="bilinear")[:, 0]
 
-    thing = thing.float()
-    evidence = enlarge(thing)
-    if not finer:
+    coarse = coarse.float()
+    evidence = enlarge(coarse)
+    if fine is None:
         return evidence > 0
-    fine = enlarge(model.stages(resize(frames, finer[0]))[-1].thing)
-    surely = enlarge(-F.max_pool2d(-thing, 3, 1, 1)) > 0  # within what is an object all around
-    maybe = enlarge(F.max_pool2d(thing, 3, 1, 1)) > 0
-    return surely | (maybe & (fine + COARSE_WEIGHT * evidence > 0))
+    surely = enlarge(-F.max_pool2d(-coarse, 3, 1, 1)) > 0  # within what is an object all around
+    maybe = enlarge(F.max_pool2d(coarse, 3, 1, 1)) > 0
+    return surely | (maybe & (enlarge(fine) + COARSE_WEIGHT * evidence > 0))
 
 
 def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
@@ -152,18 +157,23 @@ def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
         objects: (T, h, w) bool, where it sees an object, be it labelled or dropped.
         outlines: (T, H, W) bool, where there is an object in the frames.
     """
+    # The pixels to fill, and where their centres lie in pixels of the network's scale.
     shape = tuple(outlines.shape)
     height, width = labels.shape[1:]
-    margin = ((0, 0), (REACH, REACH), (REACH, REACH))
-    known = np.where(objects.numpy(), labels.numpy(), np.uint8(NOTHING))
-    known = np.pad(known, margin, constant_values=NOTHING)
     where = np.flatnonzero(outlines.numpy())
     line, column = np.divmod(where, shape[2])
     t, row = np.divmod(line, shape[1])
-    y = (row + 0.5) * (height / shape[1]) - 0.5  # in pixels of the network's scale
+    y = (row + 0.5) * (height / shape[1]) - 0.5
     x = (column + 0.5) * (width / shape[2]) - 0.5
+
+    # Those that lie in a labelled pixel have its label.
+    margin = ((0, 0), (REACH, REACH), (REACH, REACH))
+    known = np.where(objects.numpy(), labels.numpy(), np.uint8(NOTHING))
+    known = np.pad(known, margin, constant_values=NOTHING)
     top, left = np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)
     found = known[t, top + REACH, left + REACH]
+
+    # The rest have that of the nearest labelled pixel in a window of REACH around them.
     rest = np.flatnonzero(found == NOTHING)
     step = np.arange(2 * REACH + 1)
     window = known[
@@ -174,6 +184,7 @@ def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
     distance = np.where(window == NOTHING, np.inf, down[:, :, None] + right[:, None])
     nearest = distance.reshape(len(rest), step.size**2).argmin(axis=1)
     found[rest] = window.reshape(len(rest), step.size**2)[np.arange(len(rest)), nearest]
+
     result = np.zeros(shape, np.uint8)
     result.reshape(-1)[where] = np.where(found == NOTHING, 0, found)
     return torch.from_numpy(result)

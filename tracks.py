@@ -1,16 +1,33 @@
-"""Tracks: the parts of a video linked from frame to frame, where they are surely the same thing.
+"""Tracks: parts of a video's frames, linked from frame to frame where they are surely one thing.
 
-Whatever they read as: by where they are, how large they are and what they look like. Lengths and
-areas below are in pixels of a frame 160 high.
+A part is a connected piece of one frame that reads alike: the classes of the video are estimated
+from all of its object pixels together, each cell of 2 x 2 pixels gets the likeliest of them, and
+what is connected and of one class is a part, unless it is a speck inside another. Parts are linked
+whatever they read as: by where they are, how large they are and what they look like.
+
+Lengths and areas are in pixels of a frame FRAME_SIZE[0] high.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from classes import FACTOR_SIZES
-from parts import Parts
+from classes import FACTOR_SIZES, FRAME_SIZE, NUM_CLASSES, NUM_KINDS, factors
 
-REACH = 11.0  # distance that weighs as much as one nat of evidence; objects move up to 20 a frame
+# Parts.
+SAMPLE = 1024  # cells that the classes of a video are estimated from
+ROUNDS = 30  # of that estimate; with fewer than 20 stray classes stay
+DOUBTFUL = 30  # pixels in all frames together that halve the doubt in a class
+LEAST = -6.0  # log-probability: what one pixel can say against a class is bounded
+SPECK = 6  # cells of a part that may be noise inside another ...
+SPECK_EVIDENCE = 8.0  # ... unless they say this much, in nats, for being something else
+MOST_PARTS = 64  # of a frame; what is left of one that falls into more counts as one part
+
+# Links.
+DISTANCE = 11.0  # that weighs as much as one nat of evidence; objects move up to 20 a frame
 STRANGE = 3.0  # nats; parts that differ more are not linked
 LEAST_ALIKE = (0.2, 0.2, 0.02)  # Bhattacharyya coefficients of shapes, materials and colours
 UNSURE_SIZE = 0.5  # weight of a change in size where something may hide a part; 1 elsewhere
@@ -19,6 +36,252 @@ PATCH_PIXELS = 10.0  # ... and so much larger
 ALIKE = 0.5  # Bhattacharyya coefficient of colours, and of materials, of a patch and its object
 MOST_TRACKS = 1000  # of a video; what is left of one that falls into more counts as one track
 TOLERANCE = 1.1  # on the size of one object
+
+# Which of the 13 logits each class adds up, (48, 13).
+MEMBERS = np.concatenate(
+    [
+        np.eye(size, dtype=np.float32)[factor]
+        for size, factor in zip(FACTOR_SIZES, factors(np.arange(1, NUM_CLASSES)), strict=True)
+    ],
+    axis=1,
+)
+
+
+class Cells(NamedTuple):
+    """The n cells of 2 x 2 pixels that hold an object; the network tells classes by cells."""
+
+    evidence: np.ndarray  # (n, 13) float32, log-probabilities of shape, material and colour
+    pixels: np.ndarray  # (n,) pixels of an object in it, 1..4
+    frame: np.ndarray  # (n,)
+    position: np.ndarray  # (2, n) column and row, in cells
+    pairs: np.ndarray  # (2, m) which cells touch, each pair once
+    of_pixel: np.ndarray  # (N,) the cell of each object pixel
+
+
+class Parts(NamedTuple):
+    """The p parts that frames are cut into."""
+
+    frame: np.ndarray  # (p,)
+    span: np.ndarray  # (p, 2, 3) first, last and mean position; of columns, of rows
+    pixels: np.ndarray  # (p,)
+    at_edge: np.ndarray  # (p,) bool
+    evidence: np.ndarray  # (p, 13) mean log-probabilities
+    touching: np.ndarray  # sorted p * a + b of all parts a and b that touch, both ways
+
+
+def occupied(objects: Tensor) -> Tensor:
+    """Return which cells of 2 x 2 pixels hold an object, (T, h, w), for objects (T, H, W), bool."""
+    height, width = objects.shape[-2:]
+    if height % 2 or width % 2:
+        objects = F.pad(objects, (0, width % 2, 0, height % 2))
+    rows = objects[:, ::2] | objects[:, 1::2]
+    return rows[..., ::2] | rows[..., 1::2]
+
+
+def gather(objects: Tensor, attributes: Tensor) -> Tensor:
+    """Return what speaks for each attribute in the cells that hold an object, in order.
+
+    Args:
+        objects: (T, H, W) bool.
+        attributes: (T, 13, h, w), of each cell of 2 x 2 pixels the logits of 3 shapes, 2 materials
+            and 8 colours.
+
+    Returns:
+        (n, 13) float16, on the device of the arguments: a twentieth of `attributes`.
+    """
+    return attributes.movedim(1, -1)[occupied(objects)].half()
+
+
+def parts_of(
+    where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]
+) -> tuple[Parts, np.ndarray]:
+    """Return the parts of a video, and which of them each object pixel belongs to, (N,).
+
+    Args:
+        where: (N,) flat positions of the object pixels in (T, H, W).
+        evidence: (n, 13), for each cell that holds some of them the logits of 3 shapes, 2
+            materials and 8 colours.
+        shape: T, H and W.
+    """
+    cells = to_cells(where, evidence, shape)
+    part = cut(cells)
+    return measure(cells, part, shape), part[cells.of_pixel]
+
+
+def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cells:
+    """Return the cells of the object pixels at the flat positions `where`, as in `parts_of`."""
+    # The cells of a frame are numbered row by row, with margins that stay empty, so that the
+    # neighbours of a cell lie at fixed steps from it.
+    frames, height, width = shape
+    rows, columns = (height + 1) // 2 + 1, (width + 1) // 2 + 2
+    size = frames * rows * columns + columns + 2
+
+    # The cell of each object pixel, by its place in that grid.
+    where = where.astype(np.int32 if size < 2**29 else np.int64)  # the former is twice as fast
+    line = where // width
+    frame = line // height
+    cell = (frame * rows + ((line - frame * height) >> 1)) * columns
+    cell += ((where - line * width) >> 1) + 1
+
+    # The cells that hold a pixel, numbered in order; -1 elsewhere.
+    number = np.full(size, -1, np.int32)
+    number[cell] = 0
+    at = np.flatnonzero(number >= 0).astype(where.dtype)
+    number[at] = np.arange(len(at), dtype=np.int32)
+
+    # Pairs that touch: each cell with those to its right and below, diagonals too.
+    pairs = []
+    for step in (1, columns - 1, columns, columns + 1):
+        beside = number[at + step]
+        there = np.flatnonzero(beside >= 0).astype(np.int32)
+        pairs.append((there, beside[there]))
+
+    of_pixel = number[cell]
+    line = at // columns
+    frame = line // rows
+    return Cells(
+        evidence=log_probabilities(evidence),
+        pixels=np.bincount(of_pixel),
+        frame=frame,
+        position=np.stack([at - line * columns - 1, line - frame * rows]),
+        pairs=np.concatenate(pairs, axis=1),
+        of_pixel=of_pixel,
+    )
+
+
+def log_probabilities(evidence: Tensor) -> np.ndarray:
+    """Return log-probabilities of shapes, materials and colours, (n, 13), from LEAST to 0."""
+    by_factor = evidence.float().T.contiguous().split(FACTOR_SIZES)
+    logs = torch.cat([logits.log_softmax(dim=0) for logits in by_factor]).T
+    return logs.clamp(min=LEAST).contiguous().numpy()
+
+
+def estimate(evidence: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kinds, 0..47, that a video may hold, and the log of how much each is trusted.
+
+    The share of each among the object pixels is estimated by expectation maximisation (Saerens,
+    Latinne and Decaestecker 2002, https://doi.org/10.1162/089976602753284446): classes that only
+    come second, or first on scattered pixels, fade.
+
+    Args:
+        evidence: (n, 13) log-probabilities.
+        pixels: of objects in the video.
+    """
+    p = np.exp(by_class(evidence[:: 1 + len(evidence) // SAMPLE], MEMBERS))
+    p = torch.from_numpy(p)
+    transposed = p.T.contiguous()
+    share = torch.full((NUM_KINDS,), 1 / NUM_KINDS)
+    for _ in range(ROUNDS):
+        share = share * (transposed @ (1 / (p @ share))) / len(p)
+    pixels = share.numpy() * pixels
+    kinds = np.flatnonzero(pixels >= min(pixels.max(), 0.5))
+    return kinds, np.log(pixels[kinds] / (pixels[kinds] + DOUBTFUL))
+
+
+def by_class(evidence: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of the classes, (n, k), for `members` (k, 13) of them.
+
+    By torch, since the threads of NumPy's own library would take the cores of other videos.
+    """
+    return (torch.from_numpy(evidence) @ torch.from_numpy(members).T).numpy()
+
+
+def cut(cells: Cells) -> np.ndarray:
+    """Return the part that each cell belongs to, (n,).
+
+    Parts are connected cells of one class. A speck joins what it touches most of, unless its
+    evidence says clearly that it is something else; and all but the MOST_PARTS largest of a
+    frame in pieces are taken together, so that noise costs no more time than a scene.
+    """
+    from scipy.sparse import csr_matrix  # a good part of a second, for what is labelled alone
+    from scipy.sparse.csgraph import connected_components
+
+    # Each cell gets its likeliest class; connected cells of one class are a part.
+    kinds, trust = estimate(cells.evidence, len(cells.of_pixel))
+    kind = kinds[(by_class(cells.evidence, MEMBERS[kinds]) + trust).argmax(axis=1)]
+    same = kind[cells.pairs[0]] == kind[cells.pairs[1]]
+    n = len(kind)
+    a, b = cells.pairs.compress(same, axis=1)
+    graph = csr_matrix((np.ones(len(a), np.int8), (a, b)), (n, n))
+    count, part = connected_components(graph, directed=False)
+    kind_of = np.zeros(count, np.int64)
+    kind_of[part] = kind
+    size = np.bincount(part)
+
+    # Parts that touch one another, both ways, and along how many pairs of cells.
+    a, b = part[cells.pairs.compress(~same, axis=1)].astype(np.int64)
+    key, border = np.unique(np.concatenate([a * count + b, b * count + a]), return_counts=True)
+    speck, host = np.divmod(key, count)
+
+    # How much the evidence of a speck says for its own class rather than for its host's.
+    doubt = MEMBERS[kind_of[speck]] - MEMBERS[kind_of[host]]
+    doubt = (sums(part, count, cells.evidence)[speck] * doubt).sum(axis=1)
+    joins = (size[speck] <= SPECK) & (size[host] > SPECK) & (doubt < SPECK_EVIDENCE)
+
+    # Of several hosts the one with the longest border, which is written last, wins.
+    order = np.flatnonzero(joins)[np.lexsort((-doubt[joins], border[joins]))]
+    joined = np.arange(count)
+    joined[speck[order]] = host[order]
+    return np.unique(_bounded(joined[part], cells.frame), return_inverse=True)[1]
+
+
+def _bounded(part: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Return `part` (n,) with the smallest parts of each frame as one, where it has too many."""
+    size = np.bincount(part)
+    frame_of = np.zeros(len(size), np.int64)
+    frame_of[part] = frame
+
+    # By frame, largest first: whatever has MOST_PARTS of its frame before it is in excess.
+    order = np.lexsort((-size, frame_of))
+    order = order[size[order] > 0]
+    excess = order[MOST_PARTS:][frame_of[order[MOST_PARTS:]] == frame_of[order[:-MOST_PARTS]]]
+    number = np.arange(len(size))
+    number[excess] = -1 - frame_of[excess]
+    return number[part]
+
+
+def measure(cells: Cells, part: np.ndarray, shape: tuple[int, ...]) -> Parts:
+    """Measure the parts, `part` (n,) being that of each cell, of a video (T, H, W)."""
+    _, height, width = shape
+    unit = height / FRAME_SIZE[0]
+
+    # The cells in the order of their parts, and where each part begins.
+    order = np.argsort(part, kind="stable")
+    starts = np.flatnonzero(np.diff(part[order], prepend=-1))
+    count = len(starts)
+    size = np.diff(starts, append=len(order))
+
+    # First, last and mean pixel of each part; a cell is two pixels wide.
+    position = cells.position[:, order]
+    span = np.stack(
+        [
+            2 * np.minimum.reduceat(position, starts, axis=1),
+            2 * np.maximum.reduceat(position, starts, axis=1) + 1,
+            2 * np.add.reduceat(position, starts, axis=1) / size + 0.5,
+        ],
+        axis=-1,
+    ).transpose(1, 0, 2)  # (p, 2, 3)
+    last = np.array([width, height]) - 1
+
+    a, b = part[cells.pairs].astype(np.int64)
+    a, b = a[a != b], b[a != b]
+    return Parts(
+        frame=cells.frame[order][starts],
+        span=span / unit,
+        pixels=np.bincount(part, weights=cells.pixels) / unit**2,
+        at_edge=(span[..., 0] == 0).any(axis=1) | (span[..., 1] >= last).any(axis=1),
+        evidence=sums(part, count, cells.evidence) / size[:, None],
+        touching=np.unique(np.concatenate([a * count + b, b * count + a])),
+    )
+
+
+def sums(index: np.ndarray, size: int, values: np.ndarray) -> np.ndarray:
+    """Return (size, C): the sums of those of `values` (n, C) that have each index."""
+    from scipy.sparse import csr_matrix
+
+    n = len(index)
+    chosen = csr_matrix((np.ones(n, np.float32), index, np.arange(n + 1)), (n, size))
+    return chosen.T @ values
 
 
 def link(parts: Parts, frames: int) -> np.ndarray:
@@ -58,6 +321,8 @@ class _Linker:
             before: The parts of the last frame to go on from.
             now: All parts of this frame.
         """
+        from scipy.optimize import linear_sum_assignment
+
         heads = now
         if len(before) and len(now):
             cost = np.minimum(self.differences(before, now), STRANGE)
@@ -85,7 +350,7 @@ class _Linker:
         for root, least in zip(self.looks, LEAST_ALIKE, strict=True):
             likeness = likeness * np.maximum(root[before] @ root[now].T, least)
         size = size * np.where(free, 1, UNSURE_SIZE)
-        return np.hypot(x, y) / REACH + size - np.log(likeness)
+        return np.hypot(x, y) / DISTANCE + size - np.log(likeness)
 
     def join_patch(self, part: int, previous: dict[int, int]) -> bool:
         """Join `part` to one that it touches and was as large as both before; return if so.

@@ -31,22 +31,14 @@ from tqdm import tqdm
 
 from augment import augment
 from batches import load_data, videos_of
+from checkpoints import SHIPPED
+from devices import Processes, choose_device, compile_network, mixed_precision
 from log import Log, Pace, epoch_line
 from model import MAX_STAGES, UNet
 from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
 from render import DEMO_DATA, render_demo
-from runs import NOTHING, SHIPPED, Keeper, Run, build_model, last_words, load_init
-from utils import (
-    Processes,
-    at_least,
-    choose_device,
-    compile_network,
-    log_header,
-    make_parser,
-    mixed_precision,
-    run_script,
-    seed_everything,
-)
+from runs import NOTHING, Keeper, Run, build_model, last_words, load_init
+from utils import at_least, log_header, make_parser, run_script, seed_everything
 from validation import draw_some, is_blind, validate
 
 SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset
+from devices import Processes, mixed_precision
 from log import Log
 from metrics import confusion_matrix, summarise
 from model import for_labelling
-from utils import Processes, mixed_precision
 
 SHOWN = 3  # frames in TensorBoard
 BLIND_STEPS = 100

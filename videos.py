@@ -13,8 +13,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,18 +23,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from classes import NUM_CLASSES
-from utils import UserError, usable_cpus
+from files import file_state
+from utils import UserError
 
 FRAME_NAME = re.compile(r"image_([0-9]+)\.png")
+MASK = "mask.npy"
 MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
 MAX_RATIO = 16  # of its sides, unless both are below LONG: brought to the network's width, a sliver
 LONG = 2048  # pixels; as high as the rest allows would take tens of gigabytes
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of the colour types of PNG
-PASSES = ((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2), (2, 2, 1, 0))
-PASSES = {0: ((1, 1, 0, 0),), 1: (*PASSES, (1, 2, 0, 1))}  # steps and starts, if interlaced
+# Steps and starts, of columns and of rows, of the passes of a plain and of an interlaced PNG.
+PASSES = (
+    ((1, 1, 0, 0),),
+    (
+        *((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2)),
+        *((2, 2, 1, 0), (1, 2, 0, 1)),
+    ),
+)
 REASON = 100  # characters of a library's own words, or of a mask's: headers can be endless
 logger = logging.getLogger(__name__)
 # What libraries warn of in damaged files is said in a sentence here, or does no harm.
@@ -46,14 +52,48 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  #
 warnings.filterwarnings("ignore", "overflow encountered", module=r"numpy\._core\.memmap")
 
 
+@dataclass(frozen=True)
+class Video:
+    """A folder of frames, as it was when it was listed.
+
+    Attributes:
+        path: The folder.
+        names: Those of its frames image_Y.png, by the number Y.
+        labelled: Whether there is a mask.npy in it, even one that cannot be read.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    labelled: bool
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str]) -> "Video":
+        """Return the video of a folder that holds files of these names."""
+        names = list(names)
+        frames = sorted((int(m[1]), name) for name in names if (m := FRAME_NAME.fullmatch(name)))
+        return cls(folder, tuple(name for _, name in frames), MASK in names)
+
+    @property
+    def frames(self) -> list[Path]:
+        """The files of its frames, by their numbers."""
+        return [self.path / name for name in self.names]
+
+    def state(self, ctime: bool = False) -> list[list[str | int] | None]:
+        """Return the `file_state` of each frame, by which a change in them is noticed."""
+        return [file_state(frame, ctime) for frame in self.frames]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 def natural_key(path: str | Path) -> list[list[str | int]]:
     """Sort key in which numbers count as numbers: video_2 comes before video_10."""
     parts = [re.split(r"([0-9]+)", part) for part in Path(path).parts]
     return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts]
 
 
-def find_videos(root: str | Path) -> list[Path]:
-    """Return every folder at or below `root` that holds image_Y.png, in natural order.
+def find_videos(root: str | Path) -> list[Video]:
+    """Return every folder at or below `root` that holds image_Y.png, in natural order of paths.
 
     Follows links, but takes each real folder once; leaves out hidden folders (".name").
     Raises UserError if `root` is no folder or there is no video in it.
@@ -75,19 +115,28 @@ def find_videos(root: str | Path) -> list[Path]:
             if real in seen:
                 continue
             seen.add(real)
+            video = Video.of(Path(folder), [*files, *below])
             if any(FRAME_NAME.fullmatch(name) for name in files):
-                videos.append(Path(folder))
+                videos.append(video)
             inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
             folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
     if not videos:
         raise UserError(f"{root}: no video in it, a video is a folder that holds image_0.png, ...")
-    return sorted(videos, key=lambda video: (natural_key(video), str(video)))
+    return sorted(videos, key=lambda video: (natural_key(video.path), str(video)))
 
 
-def is_labelled(video: str | Path) -> bool:
-    """Return whether a video has a mask.npy, even one that cannot be read."""
+def list_video(folder: str | Path) -> Video:
+    """Return the video in one folder. Raises UserError if that cannot be read."""
     try:
-        Path(video, "mask.npy").lstat()
+        return Video.of(Path(folder), os.listdir(folder))  # noqa: PTH208 - names, not paths
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read ({error.strerror}).") from None
+
+
+def has_mask(folder: str | Path) -> bool:
+    """Return whether there is a mask.npy in a folder, even one that cannot be read."""
+    try:
+        Path(folder, MASK).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:  # which is for reading it to tell
@@ -95,22 +144,12 @@ def is_labelled(video: str | Path) -> bool:
     return True
 
 
-def find_labelled(root: str | Path) -> list[Path]:
+def find_labelled(root: str | Path) -> list[Video]:
     """Return the labelled ones of `find_videos`. Raises UserError if there is none."""
-    videos = [video for video in find_videos(root) if is_labelled(video)]
+    videos = [video for video in find_videos(root) if video.labelled]
     if not videos:
         raise UserError(f"{root}: no video in it is labelled, that is, has a mask.npy.")
     return videos
-
-
-def frame_paths(video: str | Path) -> list[Path]:
-    """Return the image_Y.png of one video, by the number Y. Raises UserError for no folder."""
-    try:
-        paths = list(Path(video).iterdir())
-    except OSError as error:
-        raise UserError(f"{video}: the folder cannot be read ({error.strerror}).") from None
-    frames = [(int(m[1]), path) for path in paths if (m := FRAME_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(frames)]
 
 
 def read_frame(path: str | Path) -> Tensor:
@@ -181,8 +220,8 @@ def read_mask(folder: str | Path) -> np.ndarray | None:
 
     Raises UserError if it is not a whole .npy file of integers with three axes.
     """
-    path = Path(folder, "mask.npy")
-    if not is_labelled(path.parent):
+    path = Path(folder, MASK)
+    if not has_mask(folder):
         return None
     try:
         _must_be_file(path)
@@ -196,7 +235,7 @@ def read_mask(folder: str | Path) -> np.ndarray | None:
     return mask
 
 
-def read_video(video: Path) -> Tensor:
+def read_video(video: Video) -> Tensor:
     """Return all frames of a video, uint8 (T, 3, H, W). Raises UserError if one has a fault."""
     report = VideoReport(video)
     frames = _check_frames(report)
@@ -228,12 +267,10 @@ def read_labels(
 
 @dataclass
 class VideoReport:
-    """What one video folder holds; `faults` has one sentence for each thing wrong with it."""
+    """What a video holds; `faults` has one sentence for each thing that is wrong with it."""
 
-    video: Path
-    frames: int = 0
+    video: Video
     size: tuple[int, int] | None = None  # height, width
-    labelled: bool = False
     classes: tuple[int, ...] = ()  # the ids that occur in the mask, background included
     faults: list[str] = field(default_factory=list)
 
@@ -246,18 +283,18 @@ class VideoReport:
             return None
 
 
-def inspect_video(video: str | Path) -> VideoReport:
+def inspect_video(video: Video) -> VideoReport:
     """Read every file of a video and return what it holds and what is wrong with it."""
-    return load_video(Path(video))[0]
+    return load_video(video)[0]
 
 
-def load_video(video: Path) -> tuple[VideoReport, np.ndarray | None]:
+def load_video(video: Video) -> tuple[VideoReport, np.ndarray | None]:
     """Return a report, and uint8 (T, 4, H, W), RGB and class id, if labelled and without fault."""
-    report = VideoReport(video, labelled=is_labelled(video))
+    report = VideoReport(video)
     frames = _check_frames(report)
-    mask = report.attempt(read_mask, video)
+    mask = report.attempt(read_mask, video.path)
     if mask is not None:
-        faults, ids = _mask_faults(video, mask, report.frames, report.size)
+        faults, ids = _mask_faults(video.path, mask, len(video.names), report.size)
         report.classes = tuple(i for i in ids if 0 <= i < NUM_CLASSES)
         report.faults += faults
     if mask is None or report.faults:
@@ -266,20 +303,21 @@ def load_video(video: Path) -> tuple[VideoReport, np.ndarray | None]:
 
 
 def _check_frames(report: VideoReport) -> list[Tensor]:
-    """Return the frames that can be read; report their number and size and what is wrong."""
+    """Return the frames that can be read; report their size and what is wrong with them."""
     video = report.video
-    paths = report.attempt(frame_paths, video) or []
-    numbers = {int(FRAME_NAME.fullmatch(path.name)[1]) for path in paths}
+    numbers = {int(FRAME_NAME.fullmatch(name)[1]) for name in video.names}
     gaps = (f"image_{n}.png" for n in range(max(numbers, default=1)) if n not in numbers)
     if names := _few(gaps):
         report.faults.append(f"{video}: missing frame: {names}.")
-    if len(numbers) < len(paths):
+    if len(numbers) < len(video.names):
         report.faults.append(f"{video}: two frames have the same number.")
-    frames = [frame for path in paths if (frame := report.attempt(read_frame, path)) is not None]
+    found = [report.attempt(read_frame, path) for path in video.frames]
+    frames = [frame for frame in found if frame is not None]
     sizes = list(dict.fromkeys(tuple(frame.shape[1:]) for frame in frames))
     if len(sizes) > 1:
-        report.faults.append(f"{video}: frames of different sizes: {_few(map(pixels, sizes))}.")
-    report.frames, report.size = len(paths), sizes[0] if sizes else None
+        sentence = f"{video}: frames of different sizes: {_few(map(size_text, sizes))}."
+        report.faults.append(sentence)
+    report.size = sizes[0] if sizes else None
     return frames
 
 
@@ -291,16 +329,16 @@ def _mask_faults(
     They are not looked at where it is larger than it must be and than a frame can be: a file of
     terabytes may have no content on the disk.
     """
-    path, faults, ids = folder / "mask.npy", [], []
+    path, faults, ids = folder / MASK, [], []
     if mask.size == 0:
         faults.append(f"{path}: holds no mask ({mask.shape}), replace the file.")
     if frames is not None and len(mask) != frames:
         kind = "short" if len(mask) < frames else "long"
         faults.append(f"{path}: too {kind}: {len(mask)} masks, {frames} frames.")
     if size is not None and mask.shape[1:] != tuple(size):
-        faults.append(f"{path} is {pixels(mask.shape[1:])}, frames are {pixels(size)}.")
+        faults.append(f"{path} is {size_text(mask.shape[1:])}, frames are {size_text(size)}.")
     if mask[0:1].size > MAX_PIXELS:
-        faults.append(f"{path}: {pixels(mask.shape[1:])} pixels are too many.")
+        faults.append(f"{path}: {size_text(mask.shape[1:])} pixels are too many.")
     if not faults or mask.size <= MAX_PIXELS:
         ids = sorted({i for frame in mask for i in np.unique(frame).tolist()})
     if names := _few(i for i in ids if not 0 <= i < NUM_CLASSES):
@@ -308,13 +346,13 @@ def _mask_faults(
     return faults, ids
 
 
-def odd_sizes(sizes: dict[Path, tuple[int, ...]]) -> dict[Path, str]:
+def odd_sizes(sizes: dict[Video, tuple[int, ...]]) -> dict[Video, str]:
     """Return a fault for each video whose (height, width) is not that of most videos."""
     if not sizes:
         return {}
     most = Counter(sizes.values()).most_common(1)[0][0]
-    text = f"{{}}: frames are {{}}, those of most labelled videos {pixels(most)}."
-    return {v: text.format(v, pixels(size)) for v, size in sizes.items() if size != most}
+    text = f"{{}}: frames are {{}}, those of most labelled videos {size_text(most)}."
+    return {v: text.format(v, size_text(size)) for v, size in sizes.items() if size != most}
 
 
 def _few(items: Iterable) -> str:
@@ -322,13 +360,6 @@ def _few(items: Iterable) -> str:
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
-def pixels(size: Sequence[int]) -> str:
+def size_text(size: Sequence[int]) -> str:
     """Return a (height, width) as people read it: width x height."""
     return f"{size[1]} x {size[0]}"
-
-
-def in_threads(job: Callable, videos: Sequence[Path], label: str) -> Iterator:
-    """Yield job(video) for each video, in order; decoding frees the GIL."""
-    with ThreadPoolExecutor(min(16, usable_cpus())) as pool:
-        results = pool.map(job, videos)
-        yield from tqdm(results, label, len(videos), leave=False, disable=None, unit="video")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
@@ -28,20 +29,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import checkpoints
-import infer
+import devices
 import render
 import train
 import utils
 from augment import augment
 from batches import ShardedBatches
-from bench.speed import INFER_BATCH, calls_for, timed
+from bench.speed import calls_for, timed
 from dataset import CLEVRDataset
+from labelling import BATCH_SIZE, Labeller, label_videos
 from model import UNet
+from outputs import Outputs, provenance
 from runs import Run
 from videos import find_videos, read_labels, read_video
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "weights/clevr_unet.pt"
 CPU = torch.device("cpu")
 VIDEOS, SEED, OBJECTS = 2, 7, (4, 8)  # what is rendered to look at
 STEP_FRAMES, STEP_RATE = 16, 1e-3  # of a training step: train.py's batch; a quarter of its rate
@@ -103,19 +105,16 @@ def in_float32(model: UNet, device: torch.device) -> None:
 
 def labels_of(case: Case, device: torch.device, full: bool, followed: bool) -> Tensor:
     """Return infer.py's labels of all videos, (N, H, W), in float32 if `full`."""
-    model = UNet.load(case.ckpt)
+    labeller = Labeller(UNet.load(case.ckpt), device, tracking=followed)
     if full:
-        model = model.to(device, memory_format=torch.channels_last).fuse()
-        in_float32(model, device)
-    else:
-        model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
-    found = infer.label(model, case.frames, device, INFER_BATCH, followed)
-    return torch.cat([tracks.labels for tracks in found])
+        labeller.model = UNet.load(case.ckpt).to(device, memory_format=torch.channels_last).fuse()
+        in_float32(labeller.model, device)
+    return torch.cat([objects.labels for objects in labeller.label(case.frames)])
 
 
 def compare_labels(case: Case, full: bool) -> Finding:
     """Compare the labels of the device with the CPU's, frame by frame and with objects followed."""
-    if not full and not utils.has_bfloat16(case.device):
+    if not full and not devices.has_bfloat16(case.device):
         return None, "this device has no bfloat16"
     wrong, allowed = [], LABELS_FLOAT32 if full else LABELS_MIXED
     for followed in (False, True):
@@ -148,7 +147,7 @@ def training_step(case: Case, device: torch.device, full: bool) -> tuple[float, 
 
 def compare_step(case: Case, full: bool) -> Finding:
     """Compare a training step on the device with the CPU's, of the same weights and crops."""
-    if not full and not utils.has_bfloat16(case.device):
+    if not full and not devices.has_bfloat16(case.device):
         return None, "this device has no bfloat16"
     loss, change = training_step(case, CPU, True)
     its_loss, its_change = training_step(case, case.device, full)
@@ -213,11 +212,11 @@ def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str
     Returns:
         The figures, of the first process.
     """
-    processes = utils.Processes(utils.choose_device(name))
+    processes = devices.Processes(devices.choose_device(name))
     device = processes.device
-    targets = dict(processes.share_out(list(infer.plan(data, out).items())))
-    model = infer.make_ready(UNet.load(ckpt), device, INFER_BATCH, compiled=False)
-    infer.label_videos(model, targets, device, INFER_BATCH, workers=0)
+    videos = CLEVRDataset(processes.share_out(find_videos(data)), labelled=False)
+    outputs = Outputs(out, data, provenance(None))
+    deque(label_videos(Labeller(UNet.load(ckpt), device), videos, outputs), maxlen=0)
     dataset = CLEVRDataset(data, cache=False)
     batches = ShardedBatches(len(dataset), 8, processes, False)
     loader = DataLoader(dataset, batch_sampler=batches)
@@ -239,7 +238,7 @@ def two_processes(case: Case) -> Finding:
     shared = json.loads(run_alone(command).splitlines()[-1])
     wrong = pixels = 0
     for video in find_videos(data):
-        masks = [read_labels(out / video.name).numpy() for out in (one, two)]
+        masks = [read_labels(out / video.path.name).numpy() for out in (one, two)]
         wrong += int(np.not_equal(*masks).sum())
         pixels += int((masks[0] > 0).sum())
     off = max(abs(shared[key] / figures[key] - 1) for key in figures)
@@ -267,16 +266,16 @@ def run_alone(command: list[str]) -> str:
 def rates(case: Case) -> Finding:
     """Measure the frames/s of labelling and of training, of frames in memory."""
     device = case.device
-    model = infer.make_ready(UNet.load(case.ckpt), device, INFER_BATCH, compiled=False)
+    labeller = Labeller(UNet.load(case.ckpt), device)
     frames, masks = torch.cat(case.frames), torch.cat(case.masks)
-    batch = frames[:INFER_BATCH].to(device)
+    batch = frames[:BATCH_SIZE].to(device)
 
     def look() -> None:
-        with utils.mixed_precision(device):
-            model.predict(batch)
+        with devices.mixed_precision(device):
+            labeller.model.predict(batch)
 
     def follow() -> None:
-        infer.label(model, [frames[:INFER_BATCH]], device, INFER_BATCH, True)
+        labeller.label([frames[:BATCH_SIZE]])
 
     learner = train.build_model(UNet.load(case.ckpt), None, device)
     run, images = Run.start(learner), (frames[:STEP_FRAMES], masks[:STEP_FRAMES])
@@ -315,7 +314,8 @@ def report(device: torch.device, ckpt: Path) -> int:
         data = Path(folder, "data")
         render_videos(data)
         videos = find_videos(data)
-        frames, masks = ([read(video) for video in videos] for read in (read_video, read_labels))
+        frames = [read_video(video) for video in videos]
+        masks = [read_labels(video.path) for video in videos]
         case = Case(device, ckpt, Path(folder), frames, masks)
         for name, check in CHECKS.items():
             try:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import infer
+import devices
 import train
 import utils
 from batches import ShardedBatches
 from bench.peers import NETWORKS
-from bench.speed import INFER_BATCH, schedule, train_loader
+from bench.speed import schedule, train_loader
 from dataset import CLEVRDataset, split_videos
 from evaluate import Tally
+from labelling import Labeller
 
 LOOKS = 40  # at a network while it learns
 LOOK_AT = 44  # validation frames, evenly apart
@@ -72,10 +73,11 @@ def label_whole(
     model: nn.Module, data: CLEVRDataset, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name, the true and the predicted labels (T, H, W) of each video, as infer.py's."""
+    labeller = Labeller(model, device)
     for v, video in enumerate(data.videos):
         frames = data.video(v)
         truth = torch.stack([data[i][1] for i in (data.index[:, 0] == v).nonzero()[0]])
-        yield video.name, truth, infer.label(model, [frames], device, INFER_BATCH, True)[0].labels
+        yield video.path.name, truth, labeller.label([frames])[0].labels
 
 
 def measure_quality(
@@ -86,7 +88,7 @@ def measure_quality(
     Frame by frame as of train.py, through objects.py as of evaluate.py (keys tracked_miou,
     tracked_video_miou), and the minutes after which its object IoU first was SEEN.
     """
-    processes = utils.Processes(device)
+    processes = devices.Processes(device)
     training, validation = map(CLEVRDataset, split_videos(data, 0))
     few = Subset(validation, range(0, len(validation), max(1, len(validation) // LOOK_AT)))
 

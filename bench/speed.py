@@ -1,8 +1,5 @@
 """Speed: networks on frames in memory and the scripts on files, each timed in turns.
 
-The bound of infer.py is the cores over the core time of a frame: of its decoding, network, objects
-and writing, each measured by itself with all cores busy.
-
 What takes turns, A B A B ..., must share one process and one warm machine.
 """
 
@@ -14,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -24,26 +20,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import infer
+import devices
 import train
 import utils
 from augment import augment
-from batches import ShardedBatches, lanes_for
+from batches import ShardedBatches
 from bench.peers import NETWORKS, Peer
+from classes import FRAME_SIZE
 from dataset import CLEVRDataset, split_videos
+from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
-from objects import Tracks, follow
 from optim import MuonAdamW, learning_rate_at
-from parts import gather
-from videos import frame_paths, read_video
+from outputs import Outputs, provenance
+from videos import Video, read_video
 
-SIZE = infer.FRAME_SIZE
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
 SCRIPT_SECONDS = 10.0  # of one turn of a script, so that its start-up does not count
 MAX_VIDEOS = 1000  # of one turn of infer.py, however fast the network is
-VIDEOS_IN_MEMORY = 8  # whose frames, and what the network says of them, are kept in memory
+VIDEOS_IN_MEMORY = 8  # whose frames are kept in memory
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-INFER_BATCH, LEARNING_RATE = 22, 4e-3  # the defaults of infer.py and train.py
+LEARNING_RATE = 4e-3  # the default of train.py
 
 Times = dict[Any, list[float]]  # seconds of each turn
 
@@ -89,15 +85,15 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
 
 def precisions(device: torch.device) -> list[str]:
     """Return fp32, and bf16 if the scripts use it on this device."""
-    return ["fp32", "bf16"] if utils.has_bfloat16(device) else ["fp32"]
+    return ["fp32", "bf16"] if devices.has_bfloat16(device) else ["fp32"]
 
 
 def synthetic_batch(frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return frames uint8 (B, 3, H, W), and masks uint8 (B, H, W) with 6 % of object pixels."""
-    height, width = SIZE
+    height, width = FRAME_SIZE
     masks = torch.zeros(frames, height, width, dtype=torch.uint8, device=device)
     masks[:, height // 2 : 2 * height // 3, width // 3 : 2 * width // 3] = 29
-    return torch.randint(0, 256, (frames, 3, *SIZE), dtype=torch.uint8, device=device), masks
+    return torch.randint(0, 256, (frames, 3, *FRAME_SIZE), dtype=torch.uint8, device=device), masks
 
 
 def network_call(
@@ -107,7 +103,7 @@ def network_call(
     model = NETWORKS[name]().to(frames.device)
     if isinstance(model, Peer):
         model.layout = LAYOUTS[layout]  # of its input, which decides; the UNet's is channels_last
-    arithmetic = nullcontext() if precision == "fp32" else utils.mixed_precision(frames.device)
+    arithmetic = nullcontext() if precision == "fp32" else devices.mixed_precision(frames.device)
     if not training:
         model = model.eval().fuse().to(memory_format=LAYOUTS[layout])
 
@@ -159,17 +155,17 @@ def measure_networks(
     return rows
 
 
-def linked_videos(videos: list[Path], folder: Path, number: int) -> dict[Path, Path]:
-    """Make `number` videos of links to the frames of `videos`; return where the masks go."""
+def linked_videos(videos: list[Video], folder: Path, number: int) -> CLEVRDataset:
+    """Make `number` videos in a folder of links to the frames of `videos`; return them."""
     for k in range(number):
-        (folder / f"data/video_{k}").mkdir(parents=True)
-        for frame in frame_paths(videos[k % len(videos)]):
-            link = folder / f"data/video_{k}/{frame.name}"
+        (folder / f"video_{k}").mkdir(parents=True)
+        for frame in videos[k % len(videos)].frames:
+            link = folder / f"video_{k}/{frame.name}"
             try:
                 link.symlink_to(frame.resolve())
             except OSError:  # Windows asks for a privilege
                 shutil.copyfile(frame, link)
-    return infer.plan(folder / "data", folder / "masks")
+    return CLEVRDataset(folder, labelled=False)
 
 
 def rates(times: Times, frames: dict[str, int]) -> list[dict[str, Any]]:
@@ -187,123 +183,35 @@ def rates(times: Times, frames: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def in_all_lanes(job: Callable[[Any], Any], items: list[Any], lanes: int, share: int) -> None:
-    """Do job(item) for all items, `lanes` of them at once, each with a `share` of the threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(share)
-    deque(infer.in_lanes(job, items, lanes), maxlen=0)
-    torch.set_num_threads(threads)
-
-
-def core_seconds(call: Callable[[], Any]) -> float:
-    """Return how long this process had cores in a call: waiting, as for the disk, is not in it."""
-    start = time.process_time()
-    call()
-    return max(time.process_time() - start, 1e-9)  # Windows counts in steps of 16 ms
-
-
-def parts_of_infer(
-    model: UNet, targets: dict[Path, Path], device: torch.device
-) -> dict[str, tuple[Callable[[Any], Any], list[Any]]]:
-    """Return what infer.py does with a video, part by part: a job, and an item for each video.
-
-    Only decoding reads files: the items of the others, of few videos, are in memory.
-    """
-
-    @torch.inference_mode()
-    def look(frames: Tensor) -> list[Tensor]:
-        answers = []
-        for batch in frames.split(INFER_BATCH):
-            with utils.mixed_precision(device):
-                answers.append(model.evidence(model.stages(batch.to(device))))
-        return [torch.cat(parts) for parts in zip(*answers, strict=True)]
-
-    @torch.inference_mode()
-    def find(answer: list[Tensor]) -> Tracks:
-        return follow(answer[0], gather(*answer))
-
-    frames = [read_video(video) for video in list(targets)[:VIDEOS_IN_MEMORY]]
-    answers = [[part.cpu() for part in look(video)] for video in frames]
-    tracks = [find(answer) for answer in answers]
-    parts = {
-        "decoding alone": (read_video, targets),
-        "the network alone": (look, [video.to(device) for video in frames]),
-        "objects alone": (find, answers),
-        "writing alone": (
-            lambda item: infer.save(*item, False),
-            zip(targets.values(), cycle(tracks), strict=False),
-        ),
-    }
-    return {what: (job, [*islice(cycle(x), len(targets))]) for what, (job, x) in parts.items()}
-
-
-def bound_of(seconds: dict[str, float], cores: int, device: torch.device) -> float:
-    """Return the most frames/s of infer.py, from the seconds a frame of each of its parts.
-
-    On a CPU all parts share the cores; a GPU has the network, beside them, with its frames at hand.
-    """
-    on_device = 0.0 if device.type == "cpu" else seconds["the network alone"]
-    return 1 / max(on_device, (sum(seconds.values()) - on_device) / cores)
-
-
-def infer_rows(
-    times: Times, core: Times, total: int, cores: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """Return a row each for infer.py, for its bound and for its parts, of turns of `total` frames.
-
-    `times` are the seconds of each turn, by what was done; `core` those that this process had
-    `cores` for, of what a CPU did.
-    """
-    parts = {what: [t / total for t in core.get(what, times[what])] for what in times}
-    script = parts.pop("infer.py")
-    turns = [dict(zip(parts, turn, strict=True)) for turn in zip(*parts.values(), strict=True)]
-    bounds = [1 / bound_of(turn, cores, device) for turn in turns]
-    ends = {"infer.py": [t / total for t in times["infer.py"]], "its bound": bounds}
-    had = {w: [c / (cores * t) for c, t in zip(core[w], times[w], strict=True)] for w in core}
-    if device.type == "cpu":  # the network waits for nothing but a core that other programs have
-        shares = zip(bounds, had["the network alone"], strict=True)
-        ends["its bound on the cores that others leave"] = [t / share for t, share in shares]
-    rows = rates(ends, dict.fromkeys(ends, 1))
-    for what, turns in parts.items():
-        ms, at_once = 1000 * statistics.median(turns), cores if what in core else 1
-        row = {"what": what, "frames_per_s": 1000 * at_once / ms, "ms_a_frame": ms}
-        rows.append(row | {"seconds_a_frame": turns})
-    if device.type == "cpu":  # elsewhere other processes decode
-        rows[0]["ms_a_frame"] = 1000 * statistics.median(script)
-        for row in (row for row in rows if row["what"] in had):
-            row["cores_had"] = statistics.median(had[row["what"]])
-    return rows
-
-
 def measure_infer(
-    model: UNet, videos: list[Path], repeats: int, device: torch.device
+    model: UNet, videos: list[Video], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return the rate of infer.py, its bound, and the time of each of its parts."""
-    model = infer.make_ready(model, device, INFER_BATCH, compiled=False)
-    cores = utils.usable_cpus()
-    lanes, share = lanes_for(torch.device("cpu"), torch.get_num_threads())
-    cores = min(cores, lanes * share) if device.type == "cpu" else cores
-    core: Times = {}
+    """Return the rates of infer.py, of its network on frames in memory, and of its decoding."""
+    labeller, cpu = Labeller(model, device), torch.device("cpu")
 
-    def note(what: str, call: Callable[[], Any]) -> None:
-        core.setdefault(what, []).append(core_seconds(call))
+    @torch.inference_mode()
+    def look(frames: Tensor) -> None:
+        for batch in frames.split(BATCH_SIZE):
+            labeller.see(batch)
+
+    def in_worker_threads(job: Callable[[Any], Any], items: list[Any], where: torch.device) -> None:
+        with devices.shared_threads(where) as threads:
+            deque(devices.in_threads(job, items, threads), maxlen=0)
 
     with tempfile.TemporaryDirectory() as folder:
-        one = linked_videos(videos, Path(folder, "one"), 1)
-        look, frames = parts_of_infer(model, one, device)["the network alone"]
-        number = calls_for(SCRIPT_SECONDS, lambda: look(frames[0]), device)
-        targets = linked_videos(videos, Path(folder, "all"), min(MAX_VIDEOS, number))
-        total = sum(len(frame_paths(video)) for video in targets)
-        workers = infer.decoders(targets, None, INFER_BATCH, utils.Processes(device))
-        script = partial(infer.label_videos, model, targets, device, INFER_BATCH, workers)
-        calls: dict[str, Callable[[], Any]] = {"infer.py": partial(note, "infer.py", script)}
-        for what, part in parts_of_infer(model, targets, device).items():
-            at_once = max(1, cores // share)
-            calls[what] = partial(note, what, partial(in_all_lanes, *part, at_once, share))
-            if what == "the network alone" and device.type != "cpu":
-                calls[what] = partial(in_all_lanes, *part, 1, share)
+        frames = [read_video(video) for video in videos[:VIDEOS_IN_MEMORY]]
+        number = min(MAX_VIDEOS, calls_for(SCRIPT_SECONDS, lambda: look(frames[0]), device))
+        dataset = linked_videos(videos, Path(folder, "data"), number)
+        in_memory = [*islice(cycle(frames), number)]
+        outputs = Outputs(Path(folder, "masks"), Path(folder, "data"), provenance(None))
+        workers = choose_decoders(dataset, None, BATCH_SIZE, devices.Processes(device))
+        calls = {
+            "infer.py": lambda: deque(label_videos(labeller, dataset, outputs, workers), maxlen=0),
+            "its network alone": lambda: in_worker_threads(look, in_memory, device),
+            "decoding alone": lambda: in_worker_threads(read_video, dataset.videos, cpu),
+        }
         times = take_turns(calls, dict.fromkeys(calls, 1), repeats, device)
-    return infer_rows(times, core, total, cores, device)
+    return rates(times, dict.fromkeys(calls, len(dataset)))
 
 
 def train_loader(
@@ -324,7 +232,7 @@ def measure_train(
     """Return the rates of train.py, of its step on one batch in memory, and of its data."""
     utils.seed_everything(0, deterministic=device.type == "cpu")  # as train.py does
     training = CLEVRDataset(split_videos(data, 0)[0])
-    batches = ShardedBatches(len(training), batch_size, utils.Processes(device), True)
+    batches = ShardedBatches(len(training), batch_size, devices.Processes(device), True)
     batch = [part.to(device) for part in next(iter(train_loader(training, batches, device)))]
     crops = augment(*batch)
     model = model.to(device)

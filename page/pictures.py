@@ -10,17 +10,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from classes import FACTOR_SIZES, NUM_CLASSES, factors
+from classes import BACKGROUND_PAINT, NUM_KINDS, PAINT, palette
 from utils import UserError
-from videos import find_videos, is_labelled, read_labels, read_video
+from videos import find_videos, has_mask, read_labels, read_video
 
-PAINT = (  # red, green, blue of COLOURS in drawn masks: brighter than the objects themselves
-    *((150, 150, 150), (235, 60, 60), (70, 110, 255), (60, 200, 60)),
-    *((190, 120, 60), (60, 230, 230), (190, 80, 240), (255, 235, 60)),
-)
-BACKGROUND_PAINT = (40, 40, 40)
-SHADE = 0.11  # how much darker each further kind of object of one colour is painted
-NUM_KINDS = NUM_CLASSES - 1  # of object
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
 TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
 FAULTS = {  # how a mask can differ from the truth, and how that is painted
@@ -28,15 +21,6 @@ FAULTS = {  # how a mask can differ from the truth, and how that is painted
     "too much": (60, 160, 255),  # the background's, taken for an object's
     "another class": (255, 200, 0),  # an object's, taken for another object's
 }
-
-
-def palette() -> np.ndarray:
-    """Return the colour in which each class is drawn, uint8 (49, 3), no two alike."""
-    ids = np.arange(1, NUM_CLASSES)
-    shape, material, colour = factors(ids)
-    kind = shape * FACTOR_SIZES[1] + material  # 0..5, metal cube to rubber cylinder
-    paint = np.array(PAINT, dtype=np.float32)[colour] * (1 - np.float32(SHADE) * kind[:, None])
-    return np.concatenate([[BACKGROUND_PAINT], paint]).astype(np.uint8)
 
 
 def object_paint() -> np.ndarray:
@@ -158,21 +142,22 @@ def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> 
         UserError: there is no such video with masks, or one has a fault.
     """
     videos = find_videos(data)
-    labelled = [video for video in videos if is_labelled(video)]
+    labelled = [video for video in videos if video.labelled]
     videos = labelled if labelled and not moving else videos
-    videos = [v for v in videos if is_labelled(masks / v.relative_to(data))]
+    videos = [video for video in videos if has_mask(masks / video.path.relative_to(data))]
     if not videos:
         raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
     shown = [videos[i * len(videos) // most] for i in range(most)] if len(videos) > most else videos
     strip = []
     for video in shown:
         frames = read_video(video).permute(0, 2, 3, 1).numpy()
-        mask = read_labels(masks / video.relative_to(data), len(frames), frames.shape[1:3]).numpy()
+        shape = len(frames), frames.shape[1:3]
+        mask = read_labels(masks / video.path.relative_to(data), *shape).numpy()
         if moving:
             rows = [frames, draw_over(frames, mask)]
         else:
             t = slice(len(frames) // 2, len(frames) // 2 + 1)
-            truth = [read_labels(video, len(frames), frames.shape[1:3]).numpy()] if labelled else []
+            truth = [read_labels(video.path, *shape).numpy()] if labelled else []
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:

@@ -9,7 +9,8 @@ from conftest import make_video
 import batches
 from batches import ShardedBatches
 from dataset import split_videos
-from utils import Processes, UserError
+from devices import Processes
+from utils import UserError
 
 
 def test_a_tenth_is_set_aside_by_whole_videos(tmp_path):
@@ -33,8 +34,8 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
         (video / "image_0.png").touch()
         (video / "mask.npy").touch()
     training, validation = split_videos(tmp_path, seed=0)
-    assert training == [tmp_path / "train" / "video_1"]
-    assert validation == [tmp_path / "val" / "video_1"]
+    assert [v.path for v in training] == [tmp_path / "train" / "video_1"]
+    assert [v.path for v in validation] == [tmp_path / "val" / "video_1"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

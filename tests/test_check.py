@@ -11,6 +11,7 @@ from conftest import write_video
 import batches
 import benchmark
 from bench import check
+from checkpoints import SHIPPED
 from optim import MuonAdamW
 from render import render_video
 from videos import find_videos, read_labels, read_video
@@ -36,8 +37,9 @@ def short(monkeypatch):
 def case(tmp_path) -> check.Case:
     write_short_videos(tmp_path / "data")
     videos = find_videos(tmp_path / "data")
-    frames, masks = ([read(video) for video in videos] for read in (read_video, read_labels))
-    return check.Case(CPU, check.WEIGHTS, tmp_path, frames, masks)
+    frames = [read_video(video) for video in videos]
+    masks = [read_labels(video.path) for video in videos]
+    return check.Case(CPU, SHIPPED, tmp_path, frames, masks)
 
 
 @pytest.mark.usefixtures("short")
@@ -51,7 +53,7 @@ def test_all_is_well_on_a_cpu(call):
     assert lines[-1] == "all well"
     checks = [line.split(": ") for line in lines[3:-1]]
     assert [name for name, *_ in checks] == list(check.CHECKS)
-    unlike = "bfloat16" if not check.utils.has_bfloat16(CPU) else "-"
+    unlike = "bfloat16" if not check.devices.has_bfloat16(CPU) else "-"
     assert all(word == "well" for name, word, *_ in checks if unlike not in name)
     assert "weights off by 0.0e+00; two runs" in printed
     assert torch.get_deterministic_debug_mode() == deterministic
@@ -59,7 +61,8 @@ def test_all_is_well_on_a_cpu(call):
 
 
 PRETENDED = """
-import batches, benchmark, check, test_check, utils
+import batches, benchmark, test_check, utils
+from bench import check
 batches.EPOCH_STEPS = 1
 check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
 utils.run_script(benchmark.main)
@@ -89,7 +92,7 @@ def test_a_check_that_raises_is_named_and_the_others_run(monkeypatch, capsys):
         "fourth": lambda case: (None, "there is one"),
     }
     monkeypatch.setattr(check, "CHECKS", checks)
-    assert check.report(CPU, check.WEIGHTS) == 1
+    assert check.report(CPU, SHIPPED) == 1
     assert capsys.readouterr().out.splitlines() == [
         "first: NOT WELL: RuntimeError: CUDA error: an illegal memory access",
         "second: well: 1 of 1",
@@ -121,7 +124,7 @@ def test_other_labels_are_not_well(case, monkeypatch):
     monkeypatch.setattr(check, "labels_of", other)
     well, text = check.compare_labels(case, full=True)
     assert not well, text
-    monkeypatch.setattr(check.utils, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(check.devices, "has_bfloat16", lambda device: True)
     well, text = check.compare_labels(case, full=False)
     assert well, text
 

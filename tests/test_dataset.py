@@ -22,7 +22,7 @@ import videos
 from dataset import CLEVRDataset
 from model import UNet
 from utils import UserError
-from videos import find_videos, frame_paths
+from videos import list_video
 
 CLEAN = multiprocessing.get_context("forkserver")  # a fork of a process without threads
 SIZE = (6, 8)  # height, width, of make_video
@@ -40,7 +40,7 @@ def same(a, b):
 
 def test_frame_ten_comes_after_frame_two_with_its_own_mask(tmp_path):
     video = make_video(tmp_path / "video_1", frames=12)
-    assert [path.name for path in frame_paths(video)] == [f"image_{t}.png" for t in range(12)]
+    assert [path.name for path in list_video(video).frames] == [f"image_{t}.png" for t in range(12)]
     frames, masks = everything(CLEVRDataset(tmp_path))
     truth = np.load(video / "mask.npy")
     for t in range(12):
@@ -53,28 +53,33 @@ def test_frame_ten_comes_after_frame_two_with_its_own_mask(tmp_path):
 
 
 def test_items_are_jointly_transformable_and_typed(data):
-    data_set = CLEVRDataset(data, transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))
+    seen = []
+
+    def flip(image, mask):
+        seen.append((type(image), type(mask)))
+        return image.flip(-1), mask.flip(-1)
+
+    data_set = CLEVRDataset(data, transform=flip)
     image, mask = CLEVRDataset(data)[4]
-    assert isinstance(image, tv_tensors.Image)
-    assert isinstance(mask, tv_tensors.Mask)
     assert image.dtype == mask.dtype == torch.uint8
     assert image.shape == (3, *SIZE)
     assert mask.shape == SIZE
     assert same(data_set[4], (image.flip(-1), mask.flip(-1)))
+    assert seen == [(tv_tensors.Image, tv_tensors.Mask)]
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_batch_equals_items_and_index_tells_where_they_come_from(data, cache):
     data_set = CLEVRDataset(data, cache=cache)
     assert len(data_set) == 9
-    assert [video.name for video in data_set.videos] == ["video0", "video_2", "video_10"]
+    assert [video.path.name for video in data_set.videos] == ["video0", "video_2", "video_10"]
     order = [8, 0, 5, 5, 3]
     items = [data_set[i] for i in order]
     batch = next(iter(DataLoader(data_set, batch_sampler=[order])))
     assert same(batch, [torch.stack(part) for part in zip(*items, strict=True)])
     assert [type(part) for part in batch] == [torch.Tensor, torch.Tensor]
     for i, (video, t) in enumerate(data_set.index):
-        truth = np.load(data_set.videos[video] / "mask.npy")[t]
+        truth = np.load(data_set.videos[video].path / "mask.npy")[t]
         assert np.array_equal(data_set[i][1].numpy(), truth)
     with pytest.raises(IndexError):
         data_set[9]
@@ -92,7 +97,7 @@ def test_changing_an_item_leaves_the_data_as_it_was(data):
 @pytest.mark.parametrize("dtype", ["int64", "uint16", ">i4", "int8"])
 def test_masks_of_other_integer_types_and_layouts_are_read(data, dtype):
     before = everything(CLEVRDataset(data, cache=False))
-    for video in find_videos(data):
+    for video in sorted(data.iterdir()):
         mask = np.load(video / "mask.npy")
         np.save(video / "mask.npy", np.asfortranarray(mask.astype(dtype)))
     for cache in (True, False):
@@ -146,14 +151,14 @@ def test_unlabelled_videos_of_any_length_and_size(tmp_path):
     videos.append(make_video(tmp_path / "video_2", frames=2, size=(5, 9), labelled=False))
     videos.append(make_video(tmp_path / "video_3", frames=1))
     data_set = CLEVRDataset(tmp_path, labelled=False)
-    assert data_set.videos == videos
+    assert [v.path for v in data_set.videos] == videos
     assert [data_set[i].shape for i in (0, 10, 11, 12, 13)] == (
         [(3, *SIZE)] * 2 + [(3, 5, 9)] * 2 + [(3, *SIZE)]
     )
     batch = next(iter(DataLoader(data_set, batch_sampler=[[0, 5]])))
     assert batch.shape == (2, 3, *SIZE)
     assert data_set.video(1).shape == (2, 3, 5, 9)
-    assert CLEVRDataset(tmp_path).videos == videos[2:]
+    assert [v.path for v in CLEVRDataset(tmp_path).videos] == videos[2:]
     (videos[0] / "image_3.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"video_1.image_3\.png"):
         CLEVRDataset(tmp_path, labelled=False)[3]
@@ -174,7 +179,7 @@ def test_cached_equals_uncached_and_is_used(data, monkeypatch):
     monkeypatch.setattr(videos, "read_frame", None)  # from here on no PNG can be decoded
     assert same(everything(CLEVRDataset(data)), plain)
     part = CLEVRDataset([data / "video_10", data / "video0"])  # a split shares the cache
-    assert [video.name for video in part.videos] == ["video_10", "video0"]
+    assert [video.path.name for video in part.videos] == ["video_10", "video0"]
     assert same(everything(part), [torch.cat([x[6:], x[:3]]) for x in plain])
 
 
@@ -309,7 +314,7 @@ def test_a_full_disk_warns_once_and_leaves_no_scraps(data, monkeypatch, caplog):
 def test_a_list_names_what_is_no_labelled_video(data, tmp_path):
     bare = make_video(tmp_path / "bare", labelled=False)
     data_set = CLEVRDataset([data / "video0", bare, tmp_path / "nowhere"])
-    assert data_set.videos == [data / "video0"]
+    assert [v.path for v in data_set.videos] == [data / "video0"]
     assert "no mask.npy" in data_set.skipped[bare]
     assert "cannot be read" in data_set.skipped[tmp_path / "nowhere"]
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import files
-from files import atomic_write, delete_scraps
+from files import atomic_write, delete_leftovers
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -72,7 +72,7 @@ def test_what_killed_writers_leave_goes_when_the_file_is_written_again(tmp_path)
     with atomic_write(path) as file:
         file.write(b"whole")
     assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
-    delete_scraps(tmp_path)
+    delete_leftovers(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy"}
 
 
@@ -81,7 +81,7 @@ def test_what_is_being_written_is_no_scrap(tmp_path):
     writer = start_writer(path)
     with atomic_write(path) as file:
         file.write(b"another")
-    delete_scraps(tmp_path)
+    delete_leftovers(tmp_path)
     assert path.read_bytes() == b"another"
     writer.communicate(b"\n")
     assert writer.returncode == 0

@@ -2,36 +2,30 @@
 
 import copy
 import csv
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
-import pretend
 import pytest
 import torch
 from conftest import ROOT, torchrun
 from conftest import run as run_alone
-from conftest import write_video as write_frames
 from PIL import Image
 
-import batches
 import infer
-import records
-from batches import fill_batches
+import outputs
 from checkpoints import load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
+from devices import mixed_precision
 from model import UNet
-from objects import Tracks, follow
-from parts import gather
-from render import render_video
-from utils import Processes, mixed_precision
+from objects import Objects, follow
+from outputs import Outputs, provenance
+from tracks import gather
+from videos import find_videos
 
 SCRIPT = ROOT / "infer.py"
 
@@ -363,26 +357,26 @@ def test_resume_sees_what_another_run_wrote_in_between(
 ):
     """Two runs with other options into one folder; the other overtakes before a file is written."""
     out, overtaken = tmp_path / "out", []
-    real = infer.save, infer.atomic_write, records.write_record
+    real = outputs.atomic_write, outputs.write_json
 
-    def other_run(target):
-        if not overtaken:
-            overtaken.append(target)
-            real[0](target, Tracks(torch.zeros(1, 2, 2).byte(), {}), True, {"options": "others"})
+    def other_run(path):
+        if path.name == when and not overtaken:
+            overtaken.append(path)
+            video = next(v for v in find_videos(data) if v.path.name == path.parent.name)
+            others = Outputs(out, data, provenance("another"), with_table=True)
+            others.save(video, Objects(torch.zeros(1, 2, 2).byte(), {}), [])
 
     def write(path):
-        if path.name == when:
-            other_run(path.with_name("mask.npy"))
-        return real[1](path)
+        other_run(path)
+        return real[0](path)
 
-    def write_record(target, *rest):
-        if when == "mask.json":
-            other_run(target)
-        real[2](target, *rest)
+    def write_record(path, value):
+        other_run(path)
+        real[1](path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "atomic_write", write)
-        patch.setattr(infer, "write_record", write_record)
+        patch.setattr(outputs, "atomic_write", write)
+        patch.setattr(outputs, "write_json", write_record)
         assert run("--ckpt", ckpt, "--out", out, "--objects", "--data", data)[0] == 0
     assert overtaken
     arguments = "--ckpt", ckpt, "--objects", "--data", data, "--out"
@@ -482,39 +476,6 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
 
 
-PRETEND = """
-import sys, json, torch
-import infer, pretend
-from model import UNet
-from videos import find_videos, read_video
-frames = read_video(find_videos(sys.argv[2])[0])
-labels, device = [], torch.device("pretend")
-for precision in (False, True):
-    infer.has_bfloat16 = lambda device: precision
-    for where in (torch.device("cpu"), device):
-        model = infer.make_ready(UNet.load(sys.argv[1]), where, 8, False)
-        pretend.reset()
-        (tracks,) = infer.label(model, [frames], where, 22, True)
-        labels.append(tracks.labels)
-    assert labels[-1].any() and torch.equal(*labels[-2:])
-kernels, waits, copies = pretend.counts()
-print(json.dumps([sum(kernels.values()), waits, copies]))
-"""
-
-
-def test_a_video_on_a_pretended_gpu_waits_once_and_for_its_own_labels(tmp_path):
-    """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
-    frames, _ = render_video(5, (4, 6), num_frames=8)
-    write_frames(tmp_path / "video_0", frames)
-    paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
-    status, printed, errors = pretend.in_new_process(PRETEND, *paths)
-    assert status == 0, errors[-3000:]
-    kernels, waits, copies = json.loads(printed.splitlines()[-1])
-    assert kernels <= 100
-    assert waits == {"synchronize": 1}
-    assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 2}
-
-
 def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
     """Loader, lanes and writers included; a result read before its copy came would be rubbish."""
     (tmp_path / "pretended.py").write_text(
@@ -532,21 +493,6 @@ def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
     gpu, cpu = masks_below(tmp_path / "gpu"), masks_below(tmp_path / "cpu")
     assert gpu.keys() == cpu.keys()
     assert all((gpu[name] == cpu[name]).mean() > 0.99 for name in cpu)
-
-
-@pytest.mark.parametrize(
-    ("device", "threads", "lanes"),
-    [
-        ("cpu", 1, (2, 1)),
-        ("cpu", 2, (3, 1)),
-        ("cpu", 16, (17, 1)),
-        ("cpu", 31, (16, 2)),
-        ("cuda", 8, (4, 1)),
-        ("mps", 8, (1, 1)),
-    ],
-)
-def test_no_core_is_idle_and_apple_has_one_lane(device, threads, lanes):
-    assert batches.lanes_for(torch.device(device), threads) == lanes
 
 
 @pytest.mark.filterwarnings("error:.*fork.*")  # of a process with threads
@@ -601,45 +547,3 @@ def test_objects_need_to_be_followed(run, tmp_path, ckpt):
     status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out", *options)
     assert status == 2
     assert "--no-consistency" in err
-
-
-def test_the_network_is_compiled_for_the_threads_of_a_lane(monkeypatch, network):
-    seen = []
-    monkeypatch.setattr(infer, "compile_network", lambda *_: seen.append(torch.get_num_threads()))
-    torch.set_num_threads(4)
-    try:
-        infer.make_ready(copy.deepcopy(network), torch.device("cpu"), 2, compiled=True)
-        assert (seen, torch.get_num_threads()) == ([1], 4)
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_short_videos_fill_a_batch_and_none_is_torn():
-    lengths = [3, 5, 2, 22, 30, 1, 10, 11]
-    groups = list(fill_batches(lengths, 11))
-    assert list(chain(*groups)) == list(range(8))
-    assert groups == [[0, 1, 2], [3], [4], [5, 6], [7]]
-    assert list(fill_batches([], 11)) == []
-
-
-def test_few_wait_their_turn():
-    """What is read ahead of its result is bounded, or thousands of videos would fill the memory."""
-    taken = []
-    results = infer.in_lanes(lambda item: item, (taken.append(i) or i for i in range(100)), lanes=2)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    assert len(taken) <= 3 + 2 * 2 + 1
-    assert list(results) == list(range(3, 100))
-
-
-def test_decoders_are_those_that_the_machine_has_room_for(tmp_path, monkeypatch, capsys):
-    """8 cores and 40 MB for two processes with a GPU each, and for frames of their real size."""
-    write_video(tmp_path / "video_1", 2, size=(320, 480))
-    processes = Processes(torch.device("cpu"))
-    targets = {tmp_path / "video_1": tmp_path / "mask.npy"}
-    assert infer.decoders(targets, None, 22, processes) == 0, "on a CPU each lane decodes"
-    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
-    monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 10**7))
-    assert infer.decoders({}, None, 22, processes) == 3  # of its 4 cores, one launches
-    assert infer.decoders(targets, None, 22, processes) == 0, "10 MB a batch, two of each ahead"
-    assert "enough for 0 workers, not 3" in capsys.readouterr().out

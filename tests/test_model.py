@@ -11,9 +11,10 @@ from torch._inductor import config as inductor_config
 import model as model_module
 from checkpoints import save_checkpoint
 from classes import NUM_CLASSES, class_id
+from devices import compile_network
 from loss import cell_width, middle_ids
 from model import DELETED_SWITCHES, Stage, UNet
-from utils import UserError, compile_network
+from utils import UserError
 
 CONFIGS = {
     "two stages": {"widths": (8, 12)},

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from classes import CLASS_NAMES, FACTOR_SIZES, factors
-from objects import DROP_PIXELS, follow, table
-from parts import gather, occupied
+from objects import DROP_PIXELS, follow
+from outputs import table
+from tracks import gather, occupied
 
 ID = {name: i for i, name in enumerate(CLASS_NAMES)}
 RED_CUBE, RED_BALL = ID["red rubber cube"], ID["red rubber sphere"]

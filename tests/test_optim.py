@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import optim
+from devices import Processes
 from model import UNet
-from utils import Processes
 
 
 def test_muon_is_torch_s(monkeypatch):

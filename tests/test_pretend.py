@@ -15,13 +15,13 @@ import train
 
 HEADER = """
 import json, os, sys, torch
-import augment, batches, model, optim, pretend, train, utils
+import augment, batches, devices, model, optim, pretend, train, utils
 from collections import Counter
 
 CPU, DEVICE = torch.device("cpu"), torch.device("pretend", 0)
 
 def precision(name):
-    utils.has_bfloat16 = optim.has_bfloat16 = lambda device: name == "bf16"
+    devices.has_bfloat16 = optim.has_bfloat16 = lambda device: name == "bf16"
 
 def batch():
     torch.manual_seed(3)
@@ -40,7 +40,7 @@ def step(run, device):
     return train.train_one_epoch(run, run.model, [batch()], lambda step: 1e-3, device)
 
 def validate(run, device, batches=1):
-    return train.validate(run.average, [batch()] * batches, device, utils.Processes(device))
+    return train.validate(run.average, [batch()] * batches, device, devices.Processes(device))
 """
 
 

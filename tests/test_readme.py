@@ -21,7 +21,7 @@ def test_python_of_the_readme_runs(tmp_path):
     code = (
         start
         + "\n".join(BLOCKS)
-        + "\nassert loss.isfinite() and tracks.labels.shape == (2, 32, 48)"
+        + "\nassert loss.isfinite() and objects.labels.shape == (2, 32, 48)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

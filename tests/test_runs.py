@@ -12,10 +12,11 @@ import torch
 from batches import load_data, videos_of
 from checkpoints import save_checkpoint
 from classes import CLASS_NAMES
+from devices import Processes
 from log import FIELDS, Log, Pace, in_words
 from model import UNet
 from runs import BEST, LAST, MeanLoss, Run, last_words
-from utils import Processes, UserError
+from utils import UserError
 from validation import is_blind
 
 

@@ -8,7 +8,6 @@ The soak does all of it, on all real videos:
 """
 
 import csv
-import platform
 import signal
 import subprocess
 import sys
@@ -20,20 +19,22 @@ import pytest
 import torch
 from conftest import REAL, ROOT, needs_real, run, torchrun, write_video
 
-import infer
-from checkpoints import load_checkpoint
+from checkpoints import SHIPPED, load_checkpoint
+from dataset import CLEVRDataset
+from devices import has_bfloat16
+from labelling import Labeller, label_videos
 from model import UNet
+from outputs import Outputs, provenance
 from render import render_video
 from scale import Scale, learned_size
-from utils import has_bfloat16
+from videos import find_videos
 
-WEIGHTS = ROOT / "weights/clevr_unet.pt"
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 0, "bfloat16": 1e-4}  # share of object pixels that may differ
 # Frames, height and width of rendered videos: several fill a batch, one needs several; a single
 # frame; sizes that are brought to the learned one from above, with a second look, and below.
 VIDEOS = ((17, 160, 240), (3, 160, 240), (1, 160, 240), (4, 160, 240), (2, 240, 360), (1, 80, 120))
-ALONE = {  # how one process labels; 31 threads are two for each of the lanes
+ALONE = {  # how one process labels; 31 threads are two for each worker thread
     "batches of 1": {"batch_size": 1},
     "of 5": {"batch_size": 5},
     "of 7": {"batch_size": 7},
@@ -67,15 +68,12 @@ def rendered(tmp_path_factory):
     return folder
 
 
-class Labeller:
+class InProcess:
     """Labels all videos of a folder in this process, with the shipped weights."""
 
     def __init__(self, data: Path, out: Path):
         self.data, self.out = data, out
-        checkpoint = load_checkpoint(WEIGHTS)
-        self.scale = Scale(learned_size(checkpoint, WEIGHTS))
-        self.model = UNet.from_checkpoint(checkpoint, WEIGHTS)
-        self.model = infer.make_ready(self.model, CPU, 22, compiled=False)
+        self.scale = Scale(learned_size(load_checkpoint(SHIPPED), SHIPPED))
 
     def __call__(
         self,
@@ -84,21 +82,19 @@ class Labeller:
         threads: int = 2,
         backwards: bool = False,
         with_table: bool = True,
-        consistency: bool = True,
+        tracking: bool = True,
     ) -> Path:
         """Return the folder of the masks."""
-        targets = infer.plan(self.data, self.out / name)
-        if backwards:
-            targets = dict(reversed(targets.items()))
-        how = consistency, with_table and consistency, self.scale
+        labeller = Labeller(UNet.load(SHIPPED), CPU, batch_size, tracking, self.scale)
+        videos = CLEVRDataset(find_videos(self.data)[:: -1 if backwards else 1], labelled=False)
+        table = with_table and tracking
+        outputs = Outputs(self.out / name, self.data, provenance(None), table)
         torch.set_num_threads(threads)
         try:
-            done = infer.label_videos(
-                self.model, targets, CPU, batch_size, 0, *how, tell=lambda note: None
-            )
+            done = list(label_videos(labeller, videos, outputs))
         finally:
             torch.set_num_threads(1)
-        assert done[0] == len(targets)
+        assert sum(part.videos for part in done) == len(videos.videos)
         return self.out / name
 
 
@@ -126,45 +122,12 @@ def compare(one: Path, other: Path) -> tuple[int, int, float]:
 
 
 def test_labels_do_not_depend_on_how_they_are_made(tmp_path, precision, rendered):
-    label = Labeller(rendered, tmp_path)
+    label = InProcess(rendered, tmp_path)
     expected = label("expected")
     for name in ("batches of 1", "of 7", "of 64", "31 threads", "backwards"):
         different, pixels, _ = compare(expected, label(name, **ALONE[name]))
         assert pixels > 30_000
         assert different <= ALLOWED[precision] * pixels, name
-
-
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
-    reason="on other processors, rounding may depend on the batch",
-)
-@pytest.mark.parametrize("precision", ["float32"], indirect=True)
-def test_logits_have_the_same_bits(monkeypatch, precision, rendered, tmp_path):
-    """Labels then are the same for a reason, not for want of a pixel that is near enough to 0."""
-    model, calls, evidence = Labeller(rendered, tmp_path).model, [], UNet.evidence
-    frames = torch.from_numpy(np.stack([infer.read_frame(p).numpy() for p in paths(rendered)]))
-
-    def keep(self, stages):
-        calls.append(stages[-1])
-        return evidence(self, stages)
-
-    def logits(batch_size, threads=1):
-        calls.clear()
-        torch.set_num_threads(threads)
-        infer.label(model, [frames], CPU, batch_size, consistency=True)
-        torch.set_num_threads(1)
-        # A frame that would be alone comes twice.
-        return [torch.cat(part)[: len(frames)] for part in zip(*calls, strict=True)]
-
-    monkeypatch.setattr(UNet, "evidence", keep)
-    expected = logits(22)
-    assert [len(part) for part in expected] == [len(frames)] * 2 == [17, 17]
-    for how in ((1,), (15,), (5, 2)):
-        assert all(map(torch.equal, logits(*how), expected)), how
-
-
-def paths(folder):
-    return infer.frame_paths(folder / "video_0")
 
 
 FP32 = f"""
@@ -179,14 +142,14 @@ if __name__ == "__main__":
 @pytest.mark.soak
 @needs_real
 def test_on_all_real_videos(tmp_path, precision, record_property):
-    label, script = Labeller(REAL, tmp_path), ROOT / "infer.py"
+    label, script = InProcess(REAL, tmp_path), ROOT / "infer.py"
     if precision == "float32":
         script = tmp_path / "infer_fp32.py"
         script.write_text(FP32)
     start, compared, wrong = time.monotonic(), 0, []
 
     def command(name, *options):
-        return ("--ckpt", WEIGHTS, "--data", REAL, "--out", tmp_path / name, *options)
+        return ("--ckpt", SHIPPED, "--data", REAL, "--out", tmp_path / name, *options)
 
     def check(folder, expected):
         nonlocal compared
@@ -200,9 +163,9 @@ def test_on_all_real_videos(tmp_path, precision, record_property):
     expected = label("expected")
     for name, how in ALONE.items():
         check(label(name, **how), expected)
-    frames = label("by frames", consistency=False)
+    frames = label("by frames", tracking=False)
     for name, how in ALONE.items():
-        check(label(f"by frames, {name}", consistency=False, **how), frames)
+        check(label(f"by frames, {name}", tracking=False, **how), frames)
 
     for name, processes, options in (
         ("script", 1, ("--objects",)),

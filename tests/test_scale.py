@@ -1,5 +1,6 @@
 """Frames of any size: the masks of the learned size, with edges that are not blocks."""
 
+import copy
 import csv
 import json
 import re
@@ -13,13 +14,13 @@ from PIL import Image
 
 import infer
 from checkpoints import load_checkpoint, save_checkpoint
+from labelling import Labeller
 from model import UNet
 from render import render_video
 from scale import AS_THEY_ARE, Scale, fill, learned_size, resize
 from utils import UserError
 
 WEIGHTS = ROOT / "weights/clevr_unet.pt"
-CPU = torch.device("cpu")
 
 
 def enlarged(frames, factor):
@@ -40,6 +41,11 @@ def iou(a, b):
     return ((a > 0) & (b > 0)).sum() / ((a > 0) | (b > 0)).sum()
 
 
+def label(model, frames, scale=AS_THEY_ARE, tracking=True):
+    labeller = Labeller(copy.deepcopy(model), batch_size=4, tracking=tracking, scale=scale)
+    return labeller.label([frames])[0].labels
+
+
 @pytest.fixture(scope="module")
 def frames():
     return render_video(5, (4, 6), num_frames=4)[0]
@@ -47,12 +53,12 @@ def frames():
 
 @pytest.fixture(scope="module")
 def model():
-    return infer.make_ready(UNet.load(WEIGHTS), CPU, 4, False)
+    return UNet.load(WEIGHTS)
 
 
 @pytest.fixture(scope="module")
 def known(model, frames):
-    return infer.label(model, [frames], CPU, 4, True)[0].labels
+    return label(model, frames)
 
 
 @pytest.fixture
@@ -62,26 +68,23 @@ def run(call):
 
 
 @pytest.mark.parametrize("factor", [0.75, 1.5, 2, 3])
-@pytest.mark.parametrize("consistency", [True, False])
-def test_the_mask_of_a_resized_video_is_that_of_the_video(
-    model, frames, known, factor, consistency
-):
+@pytest.mark.parametrize("tracking", [True, False])
+def test_the_mask_of_a_resized_video_is_that_of_the_video(model, frames, known, factor, tracking):
     large = enlarged(frames, factor)
-    (tracks,) = infer.label(model, [large], CPU, 4, consistency, Scale())
-    assert tracks.labels.shape == (len(frames), *large.shape[2:])
-    assert tracks.labels.dtype == torch.uint8
-    labels = back(tracks.labels, factor)
+    found = label(model, large, Scale(), tracking)
+    assert found.shape == (len(frames), *large.shape[2:])
+    assert found.dtype == torch.uint8
+    labels = back(found, factor)
     assert iou(labels, known) > (0.93 if factor < 1 else 0.96)
-    if consistency:
-        assert set(tracks.labels.unique().tolist()) == set(known.unique().tolist())
+    if tracking:
+        assert set(found.unique().tolist()) == set(known.unique().tolist())
         both = (labels > 0) & (known > 0)
         assert (labels == known)[both].double().mean() > 0.99
 
 
 def test_the_edge_of_a_large_mask_is_no_staircase(model, frames):
     """Edges of a mask that was merely enlarged lie at every third pixel alone."""
-    (tracks,) = infer.label(model, [enlarged(frames, 3)], CPU, 4, True, Scale())
-    objects = (tracks.labels > 0).numpy()
+    objects = (label(model, enlarged(frames, 3), Scale()) > 0).numpy()
     for axis in (1, 2):
         steps = np.nonzero(np.diff(objects, axis=axis))[axis] % 3
         assert (np.bincount(steps, minlength=3) / len(steps) < 0.7).all()
@@ -90,20 +93,19 @@ def test_the_edge_of_a_large_mask_is_no_staircase(model, frames):
 def test_frames_of_the_learned_width_are_seen_as_they_are(model, frames, known):
     for scale in (Scale(), Scale((100, 238)), Scale((320, 480), factor=1)):
         assert not scale.describe(160, 240)
-        labels = infer.label(model, [frames], CPU, 4, True, scale)[0].labels
-        assert torch.equal(labels, known)
+        assert torch.equal(label(model, frames, scale), known)
 
 
 def test_sizes_follow_the_width():
-    assert Scale().sizes(320, 480) == [(160, 240), (320, 480)]
-    assert Scale().sizes(480, 720) == [(160, 240), (320, 480)]
-    assert Scale().sizes(240, 360) == [(160, 240), (240, 360)]
-    assert Scale().sizes(120, 180) == [(160, 240)]
-    assert Scale().sizes(720, 1280) == [(135, 240), (270, 480)]
-    assert Scale((320, 480)).sizes(160, 240) == [(320, 480)]
-    assert Scale(factor=0.75).sizes(160, 240) == [(120, 180), (160, 240)]
-    assert AS_THEY_ARE.sizes(320, 480) == []
-    assert Scale().sizes(1, 1) == [(16, 16)]
+    assert Scale().looks(320, 480) == ((160, 240), (320, 480))
+    assert Scale().looks(480, 720) == ((160, 240), (320, 480))
+    assert Scale().looks(240, 360) == ((160, 240), (240, 360))
+    assert Scale().looks(120, 180) == ((160, 240), None)
+    assert Scale().looks(720, 1280) == ((135, 240), (270, 480))
+    assert Scale((320, 480)).looks(160, 240) == ((320, 480), None)
+    assert Scale(factor=0.75).looks(160, 240) == ((120, 180), (160, 240))
+    assert AS_THEY_ARE.looks(320, 480) == ((320, 480), None)
+    assert Scale().looks(1, 1) == ((16, 16), None)
 
 
 def test_pixels_have_the_class_of_the_nearest_object_and_what_was_dropped_stays_so():
@@ -118,16 +120,17 @@ def test_pixels_have_the_class_of_the_nearest_object_and_what_was_dropped_stays_
 
 def test_a_network_that_is_wrong_about_large_objects_does_not_lose_them(model, frames, known):
     """What is seen finer only moves edges."""
-    blind, sure = infer.make_ready(UNet.load(WEIGHTS), CPU, 4, False), model.stages
+    blind = Labeller(UNet.load(WEIGHTS), batch_size=4, scale=Scale())
+    sure = blind.model.stages
 
     def stages(frames):
         found = sure(frames)
         return found if frames.shape[-1] == 240 else [s._replace(thing=s.thing - 99) for s in found]
 
-    blind.stages = stages
-    (tracks,) = infer.label(blind, [enlarged(frames, 2)], CPU, 4, True, Scale())
-    assert iou(back(tracks.labels, 2), known) > 0.6
-    assert set(tracks.labels.unique().tolist()) == set(known.unique().tolist())
+    blind.model.stages = stages
+    labels = blind.label([enlarged(frames, 2)])[0].labels
+    assert iou(back(labels, 2), known) > 0.6
+    assert set(labels.unique().tolist()) == set(known.unique().tolist())
 
 
 def test_many_pixels_are_resized_in_parts(monkeypatch, frames):
@@ -165,7 +168,7 @@ def test_the_script_says_what_it_does_to_which_frames(run, tmp_path, frames, kno
     status, out, err = run(*arguments, tmp_path / "as", "--scale", 1)
     assert (status, err) == (0, "")
     assert "brought" not in out
-    expected = infer.label(model, [enlarged(frames, 2)], CPU, 4, True)[0].labels
+    expected = label(model, enlarged(frames, 2))
     assert np.array_equal(np.load(tmp_path / "as/a/mask.npy"), expected)
 
     out = run(*arguments, tmp_path / "own", "--scale", 0.75)[1]
@@ -190,10 +193,10 @@ def test_the_checkpoint_says_what_size_it_learned(run, tmp_path, frames):
 
 
 def test_frames_that_would_be_enlarged_beyond_memory_are_refused():
-    assert Scale((160, 240)).sizes(64, 4) == [(1024, 64)]
+    assert Scale((160, 240)).looks(64, 4) == ((1024, 64), None)
     with pytest.raises(UserError, match="frames of 500 x 8000 would be 8000 x 128000"):
-        Scale((5000, 6000), 16.0).sizes(8000, 500)
-    assert Scale(factor=1.0).sizes(8000, 8000) == []
+        Scale((5000, 6000), 16.0).looks(8000, 500)
+    assert Scale(factor=1.0).looks(8000, 8000) == ((8000, 8000), None)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "100", "large"])
@@ -205,17 +208,17 @@ def test_a_scale_that_is_none_is_refused(run, tmp_path, value):
 
 PRETEND = """
 import sys, json, torch
-import infer, pretend
-from model import UNet
+import devices, model, pretend
+from labelling import Labeller
 from scale import Scale
 from videos import find_videos, read_video
-infer.has_bfloat16 = lambda device: False
+devices.has_bfloat16 = model.has_bfloat16 = lambda device: False
 frames = read_video(find_videos(sys.argv[2])[0])
 labels = []
-for where in (torch.device("cpu"), torch.device("pretend")):
-    model = infer.make_ready(UNet.load(sys.argv[1]), where, 8, False)
+for where in ("cpu", "pretend"):
+    labeller = Labeller(model.UNet.load(sys.argv[1]), where, scale=Scale())
     pretend.reset()
-    labels.append(infer.label(model, [frames], where, 22, True, Scale())[0].labels)
+    labels.append(labeller.label([frames])[0].labels)
 assert labels[0].any() and torch.equal(*labels)
 kernels, waits, copies = pretend.counts()
 print(json.dumps([sum(kernels.values()), waits, copies]))

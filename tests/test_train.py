@@ -30,12 +30,12 @@ from batches import ShardedBatches
 from checkpoints import load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
 from dataset import CLEVRDataset, split_videos
+from devices import Processes
 from model import UNet
 from optim import learning_rate_at, settle_statistics
 from page.pictures import draw_labels
 from render import render_video
 from runs import LAST, Keeper, Run
-from utils import Processes
 
 HEIGHT, WIDTH = 64, 96
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]

@@ -1,6 +1,5 @@
 """Exit statuses, and life without git."""
 
-import os
 import re
 import subprocess
 import sys
@@ -92,7 +91,7 @@ def test_without_git_the_log_still_begins(monkeypatch, tmp_path):
 LAUNCHER = """
 import os, subprocess, sys
 os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
-code = "import time, torch, utils; utils.Processes(torch.device('cpu')); print('up'); "
+code = "import time, torch, devices; devices.Processes(torch.device('cpu')); print('up'); "
 code += "time.sleep(60)"
 subprocess.run([sys.executable, "-u", "-c", code], start_new_session=True)
 """
@@ -110,13 +109,6 @@ def test_processes_do_not_outlive_a_launcher_that_is_killed():
     assert launcher.stdout.read() == ""  # until the process, which holds the pipe, is gone
     assert time.monotonic() - begun < 50
     launcher.wait()
-
-
-def test_processors_are_those_that_may_be_used(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
-    assert utils.usable_cpus() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert utils.usable_cpus() == os.cpu_count()
 
 
 def test_the_version_and_the_licence_are_the_same_everywhere():

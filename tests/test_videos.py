@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import dataset
 from dataset import CLEVRDataset
 from utils import UserError
-from videos import find_labelled, find_videos, frame_paths, inspect_video, read_frame, read_video
+from videos import find_labelled, find_videos, inspect_video, list_video, read_frame, read_video
 
 SIZE = (6, 8)  # height, width, of make_video
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -34,7 +34,7 @@ def test_videos_come_in_natural_order_at_any_depth(tmp_path):
     make_video(tmp_path / ".hidden" / "video_1", frames=1)
     (tmp_path / "notes").mkdir()
     (tmp_path / "z" / "deep" / "round").symlink_to(tmp_path)  # a circle of links
-    found = [str(video.relative_to(tmp_path)) for video in find_videos(tmp_path)]
+    found = [str(video.path.relative_to(tmp_path)) for video in find_videos(tmp_path)]
     assert found[:3] == ["video0", "video2", "video10"]
     assert set(found[3:5]) == {"video_7", "video_00007"}
     assert found[5:] == ["video_10", "z/deep/video_3"]
@@ -43,15 +43,19 @@ def test_videos_come_in_natural_order_at_any_depth(tmp_path):
 def test_folders_may_lie_deeper_than_python_can_recurse(tmp_path, deep):
     deep(1_100)
     PIL.Image.new("RGB", (2, 2)).save("image_0.png")
-    assert len(find_videos(tmp_path)[0].parts) == 1_100 + len(tmp_path.parts)
+    assert len(find_videos(tmp_path)[0].path.parts) == 1_100 + len(tmp_path.parts)
 
 
 def test_links_to_videos_are_followed(tmp_path):
     make_video(tmp_path / "elsewhere" / "video_1", frames=1)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
-    assert find_videos(tmp_path / "data") == [tmp_path / "data" / "train" / "video_1"]
-    assert find_videos(tmp_path / "elsewhere" / "video_1") == [tmp_path / "elsewhere" / "video_1"]
+    assert [v.path for v in find_videos(tmp_path / "data")] == [
+        tmp_path / "data" / "train" / "video_1"
+    ]
+    assert [v.path for v in find_videos(tmp_path / "elsewhere" / "video_1")] == [
+        tmp_path / "elsewhere" / "video_1"
+    ]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
@@ -202,7 +206,7 @@ def odd_frame(video):
 
 
 def odd_video(video):
-    for path in frame_paths(video):
+    for path in list_video(video).frames:
         PIL.Image.new("RGB", (5, 4)).save(path)
     np.save(video / "mask.npy", np.zeros((3, 4, 5), np.uint8))
 
@@ -312,7 +316,7 @@ def test_each_fault_is_named_and_the_video_left_out(data, damage, call, caplog):
     for cache in (True, False):
         caplog.clear()
         data_set = CLEVRDataset(data, cache=cache)
-        assert [video.name for video in data_set.videos] == ["video0", "video_10"]
+        assert [video.path.name for video in data_set.videos] == ["video0", "video_10"]
         assert list(data_set.skipped) == [data / "video_2"]
         assert FAULTS[damage] in data_set.skipped[data / "video_2"]
         assert len(caplog.messages) == 1
@@ -333,7 +337,7 @@ def test_all_faults_of_a_video_are_named(data):
     no_frame(data / "video_2")
     high_id(data / "video_2")
     (data / "video_2" / "image_2.png").write_bytes(b"?")
-    text = " ".join(inspect_video(data / "video_2").faults)
+    text = " ".join(inspect_video(list_video(data / "video_2")).faults)
     assert "image_1.png" in text
     assert "image_2.png" in text
     assert "49" in text
@@ -342,7 +346,9 @@ def test_all_faults_of_a_video_are_named(data):
 def test_a_large_number_is_no_endless_list_of_gaps(tmp_path):
     video = make_video(tmp_path / "video_1", frames=2)
     (video / "image_1.png").rename(video / f"image_{10**40}.png")
-    assert "image_1.png, image_2.png, image_3.png, ..." in inspect_video(video).faults[0]
+    assert (
+        "image_1.png, image_2.png, image_3.png, ..." in inspect_video(list_video(video)).faults[0]
+    )
 
 
 # The report
@@ -420,7 +426,7 @@ def test_no_bytes_make_a_traceback_or_a_wrong_label(tmp_path, png, npy):
     video.mkdir(exist_ok=True)
     (video / "image_0.png").write_bytes(png)
     (video / "mask.npy").write_bytes(npy)
-    faults = inspect_video(video).faults
+    faults = inspect_video(list_video(video)).faults
     try:
         _, mask = CLEVRDataset(tmp_path, cache=False)[0]
         assert not faults
@@ -481,23 +487,23 @@ def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
 
 
 def test_a_whole_video_or_a_sentence_that_names_the_file(data):
-    frames = read_video(data / "video_2")
+    frames = read_video(list_video(data / "video_2"))
     assert frames.shape == (3, 3, *SIZE)
-    for t, path in enumerate(frame_paths(data / "video_2")):
+    for t, path in enumerate(list_video(data / "video_2").frames):
         assert np.array_equal(frames[t], read_frame(path))
     odd_frame(data / "video_2")
     with pytest.raises(UserError, match="video_2: frames of different sizes: 8 x 6, 5 x 5"):
-        read_video(data / "video_2")
+        read_video(list_video(data / "video_2"))
     no_frame(data / "video_2")
     with pytest.raises(UserError, match=r"video_2: missing frame: image_1\.png"):
-        read_video(data / "video_2")
+        read_video(list_video(data / "video_2"))
 
 
 def test_labelled_videos_are_those_with_a_mask_file(data):
     (data / "video0" / "mask.npy").unlink()
     (data / "video_2" / "mask.npy").unlink()
     (data / "video_2" / "mask.npy").symlink_to("nowhere")  # labelled, and at fault
-    assert [video.name for video in find_labelled(data)] == ["video_2", "video_10"]
+    assert [video.path.name for video in find_labelled(data)] == ["video_2", "video_10"]
     for video in ("video_2", "video_10"):
         (data / video / "mask.npy").unlink()
     with pytest.raises(UserError, match="no video in it is labelled"):

@@ -96,7 +96,7 @@ def allow_memory(more: int) -> None:
 
 def child(job: dict[str, Any]) -> None:
     """Run one job in a process of its own; never returns."""
-    import infer
+    import devices
     import render
     import utils
 
@@ -105,7 +105,7 @@ def child(job: dict[str, Any]) -> None:
         os.dup2(os.open(f"{job['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     # One thread, in this process, so that the points come in the same order each time.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    infer.lanes_for = lambda device, threads: (1, 1)
+    devices.worker_threads = lambda device, threads: (1, 1)
     render.ProcessPoolExecutor = lambda workers, context, begin: ThreadPoolExecutor(1)
     sys.argv = [f"{job['script']}.py", *job["arguments"]]
     status = 70

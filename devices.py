@@ -1,0 +1,248 @@
+"""The machine: its devices and their precision, its cores, and the other processes of a run."""
+
+import contextlib
+import copy
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from utils import UserError
+
+PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
+MAX_THREADS = 16  # of this process that read, label or draw videos
+GPU_THREADS = 4  # one launches while another waits for its labels or for the disk
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device called `name`, or a GPU if there is one, else the CPU; use it from now on.
+
+    Of several processes that torchrun has started, each gets the GPU of its own number.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found and found.type != "mps" else "cpu"  # Apple's only if asked for
+    try:
+        device = _numbered(torch.device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+            "give cpu, cuda or leave it out"
+        ) from None
+    return device
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Make a GPU the current one, before anything touches the first; return it with its number."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or device.type != found.type:  # the CPU, or none that this machine has
+        return device
+    number = device.index or 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+        if number >= count:
+            raise UserError(
+                f"process {number + 1} of this machine has no GPU, there are {count}: "
+                f"give torchrun --nproc-per-node={count}, or --device cpu"
+            )
+    torch.accelerator.set_device_index(number)
+    return torch.device(device.type, number)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return a context of bfloat16 arithmetic where the hardware has it, else of float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def same_kernels(network: torch.nn.Module, device: torch.device) -> None:
+    """Let a batch's size and the number of threads not choose the kernels of a network on a CPU.
+
+    What is computed in float32 would else be rounded otherwise: PyTorch takes its own kernel, not
+    oneDNN's, for a 1x1 convolution of fewer than 16 frames by one thread, and for any of a small
+    frame that comes alone (ConvParams::use_mkldnn in ATen's Convolution.cpp). The former it does
+    not do where there is dilation, which means nothing to a single weight. The latter is avoided
+    by whoever calls the network.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1):
+            layer.dilation = (2, 2)
+
+
+def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
+    """Compile a network in place; where that fails, say why in a line and leave it as it is.
+
+    Args:
+        model: A UNet. If it is in training, its backward is compiled as well.
+        frames: A batch as it will come; other sizes are compiled when they come.
+    """
+    trial = copy.deepcopy(model)  # its batch statistics change
+    trial.stages = torch.compile(trial.stages)
+    try:
+        with mixed_precision(frames.device), torch.inference_mode(not model.training):
+            stages = trial.stages(frames)
+        if model.training:
+            sum(part.float().mean() for stage in stages for part in stage).backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Triton, a bug in one of them
+        reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
+        print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
+    else:
+        model.stages = torch.compile(model.stages)
+
+
+def usable_cpus() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_threads(device: torch.device, threads: int) -> tuple[int, int]:
+    """Return how many threads label videos of their own, and how many each computes with.
+
+    On a CPU each core has its own, which loses less than sharing one, and there is one more, so
+    that no core is idle while a mask is flushed to the disk.
+    """
+    if device.type == "cpu":
+        share = math.ceil(threads / MAX_THREADS)
+        return threads // share + 1, share
+    return (1 if device.type == "mps" else GPU_THREADS), 1  # Apple's bears one thread
+
+
+@contextlib.contextmanager
+def shared_threads(device: torch.device) -> Iterator[int]:
+    """Share out this process's threads among its worker threads; yields how many they are."""
+    threads = torch.get_num_threads()
+    workers, share = worker_threads(device, threads)
+    torch.set_num_threads(share)  # of this thread and of those to come
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_threads(
+    job: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+) -> Iterator[Any]:
+    """Yield job(item) for each item, in order; `threads` run at once, and few items wait.
+
+    By default as many as there are cores, at most MAX_THREADS: decoding frees the GIL.
+    """
+    threads = threads or min(MAX_THREADS, usable_cpus())
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future] = deque()
+        for item in items:
+            ahead.append(pool.submit(job, item))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def why_alone() -> str:
+    """Return why this process can have no others beside it that share its memory; "": it can."""
+    try:
+        [multiprocessing.get_context().Lock() for _ in range(8)]  # as many as a pool takes
+    except OSError as error:  # as in containers without /dev/shm, or where it is read-only
+        return f"/dev/shm: {error.strerror}"
+    return ""
+
+
+class Processes:
+    """This process among those that torchrun started; alone if it did not.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+        local_count: How many of them are on this machine.
+        device: Where it computes, as of `choose_device`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+        self.device = device
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            follow_launcher()
+        if self.count > 1:
+            backend, bound = "gloo", None
+            if device.type != "cpu":  # gloo beside it, for what the host has to know
+                own = torch.distributed.get_default_backend_for_device(device)
+                backend, bound = f"cpu:gloo,{device.type}:{own}", device
+            torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=bound)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor by its sum over all processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def gather(self, number: int) -> list[int]:
+        """Return the number of every process, by rank, to every process."""
+        numbers = torch.zeros(self.count, dtype=torch.int64)  # on the CPU: no GPU is waited for
+        numbers[self.rank] = number
+        self.add_up(numbers)
+        return numbers.tolist()
+
+    def share_out(self, items: list[Any]) -> list[Any]:
+        """Return this process's share of the first process's items; they are pickled."""
+        shared = [items]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0][self.rank :: self.count]
+
+    def collect(self, items: list[Any]) -> list[Any]:
+        """Return the items of all processes, by rank, to every process; they are pickled."""
+        found = [items] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, items)
+        return [item for part in found for item in part]
+
+    def copy_first(self, module: torch.nn.Module) -> None:
+        """Give the first process's weights and buffers to all."""
+        if self.count > 1:
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def follow_launcher() -> None:
+    """Get SIGTERM when torchrun is gone, even by kill -9 (Linux; elsewhere a no-op).
+
+    It starts processes in sessions of their own, which would go on beside the run that resumes.
+    """
+    pr_set_pdeathsig = 1  # prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)

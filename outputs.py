@@ -1,0 +1,215 @@
+"""The files of a labelled video: mask.npy, objects.csv and mask.json; written, read, still true?
+
+masks/train/video_7/mask.npy      uint8 (frames, height, width), ids 0..48
+masks/train/video_7/objects.csv   a row for each object and frame; if asked for
+masks/train/video_7/mask.json     what made them, by which `infer.py --resume` knows what to keep
+"""
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from classes import CLASS_NAMES, NUM_CLASSES
+from files import atomic_write, delete_leftovers, digest, write_json
+from objects import Objects
+from utils import VERSION, UserError
+from videos import MASK, Video, list_video
+
+TABLE, RECORD = "objects.csv", "mask.json"
+CHANGES = {  # what differs from the record, and how that is said
+    "checkpoint": "another checkpoint made them",
+    "options": "other options made them",
+    "version": "another version made them",
+    "frames": "their frames have changed",
+}
+
+
+class Row(NamedTuple):
+    """One object in one frame."""
+
+    frame: int  # from 0
+    object: int  # its number, from 1, by when it is first seen
+    class_id: int  # 1..48
+    name: str
+    x: float  # of the mean of its pixels; the centre of the top left pixel is (0, 0)
+    y: float
+    left: int  # first and last column and row
+    top: int
+    right: int
+    bottom: int
+    pixels: int
+    at_edge: int  # 1 where it touches the frame's edge, which may hide some of it
+    confidence: float
+
+
+def table(objects: Objects) -> list[Row]:
+    """Return a row for each object and frame, by frame and number."""
+    labels = objects.labels.numpy()
+    _, height, width = labels.shape
+    where = np.flatnonzero(labels)
+    if not len(where):
+        return []
+
+    # The pixels in the order of their frames and classes, and where each of these begins.
+    key = where // (height * width) * NUM_CLASSES + labels.reshape(-1)[where]
+    order = np.argsort(key, kind="stable")
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    y, x = where[order] // width % height, where[order] % width
+
+    # Of each: means, first and last column and row.
+    pixels = np.diff(starts, append=len(order))
+    frames, ids = np.divmod(key[order][starts], NUM_CLASSES)
+    columns = [frames, ids]
+    columns += [np.add.reduceat(values, starts) / pixels for values in (x, y)]
+    columns += [np.minimum.reduceat(values, starts) for values in (x, y)]
+    columns += [np.maximum.reduceat(values, starts) for values in (x, y)]
+
+    number = {kind: i for i, kind in enumerate(dict.fromkeys(ids.tolist()), 1)}
+    rows = []
+    for frame, kind, *measures, count in zip(
+        *(c.tolist() for c in (*columns, pixels)), strict=True
+    ):
+        left, top, right, bottom = measures[2:]
+        edge = int(left == 0 or top == 0 or right == width - 1 or bottom == height - 1)
+        what = (frame, number[kind], kind, CLASS_NAMES[kind])
+        rows.append(Row(*what, *measures, count, edge, objects.confidence.get(kind, 0.0)))
+    return sorted(rows)
+
+
+def read_confidence(folder: Path) -> dict[int, float]:
+    """Return the confidence by class id of a folder's objects.csv; empty if there is none.
+
+    Raises:
+        UserError: it is not such a table.
+    """
+    path = folder / TABLE
+    if not os.path.lexists(path):
+        return {}
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            found = {int(row["class_id"]): float(row["confidence"]) for row in rows}
+        if not all(0 <= confidence <= 1 for confidence in found.values()):
+            raise ValueError
+        return found
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{path}: not a table of objects as infer.py writes it, delete the file."
+        ) from None
+
+
+def provenance(checkpoint: str | None, **options: Any) -> dict[str, Any]:
+    """Return what makes all masks of a run: the checkpoint's digest, the options, the version."""
+    return {"checkpoint": checkpoint, "options": options, "version": VERSION}
+
+
+class Outputs:
+    """The files of labelled videos below one folder, in the tree of the videos.
+
+    Args:
+        out: The folder.
+        data: The folder that the videos lie in.
+        made_by: As of `provenance`.
+        with_table: Whether objects.csv is written.
+    """
+
+    def __init__(self, out: Path, data: Path, made_by: dict[str, Any], with_table: bool = False):
+        self.out, self.data, self.made_by, self.with_table = out, data, made_by, with_table
+
+    def folder(self, video: Video) -> Path:
+        """Return where the files of a video are."""
+        return self.out / video.path.relative_to(self.data)
+
+    def check_apart(self, videos: Iterable[Video]) -> None:
+        """Raise UserError if a mask would land among the frames, and maybe the labels, of one."""
+        paths = {video.path.resolve() for video in videos}
+        for video in videos:
+            folder = self.folder(video)
+            if folder.resolve() in paths or (folder.is_dir() and list_video(folder).names):
+                raise UserError(
+                    f"--out {self.out} would put masks over the labels in {folder}, a folder of "
+                    "frames: give a folder of its own"
+                )
+
+    def pending(self, videos: Iterable[Video]) -> tuple[list[Video], Counter[str]]:
+        """Return the videos whose files must be made, and why those that are there must be so.
+
+        What a killed run has left half-written beside them is deleted.
+        """
+        rest, reasons = [], Counter()
+        for video in videos:
+            delete_leftovers(self.folder(video))
+            if reason := self.stale_reason(video):
+                rest.append(video)
+                reasons[reason] += 1
+        del reasons["missing"]
+        return rest, reasons
+
+    def stale_reason(self, video: Video) -> str:
+        """Return why the files of a video must be made again; "" if they are whole and still true.
+
+        "missing" where there are none.
+        """
+        folder = self.folder(video)
+        if not (folder / MASK).is_file():
+            return "missing"
+        try:
+            if not (folder / RECORD).is_file():  # a pipe would be waited for
+                raise OSError
+            record = json.loads((folder / RECORD).read_bytes())
+            digests = record["mask"], record["table"]
+            expected = {**self.made_by, "frames": video.state()}
+            changed = next((key for key in CHANGES if record.get(key) != expected[key]), None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return "nothing tells what made them"
+        if changed:
+            return CHANGES[changed]
+        has_table = (folder / TABLE).is_file()
+        if self.with_table and not has_table:
+            return f"they have no {TABLE}"
+        if digest((folder / MASK).read_bytes()) != digests[0]:
+            return "they are not what was written"
+        if has_table and digest((folder / TABLE).read_bytes()) != digests[1]:
+            return f"their {TABLE} is not what was written with them"
+        return ""
+
+    def save(self, video: Video, objects: Objects, state: list) -> None:
+        """Write the files of a video: the table first, then the mask, then the record.
+
+        A table or a record of the mask that was there before does not outlive it. The record has
+        the digests of what was written, not of the files, which another run into the same folder
+        may have replaced.
+
+        Args:
+            video: Whose files they are.
+            objects: What was found in it.
+            state: `video.state()` before its frames were read.
+
+        Raises:
+            OSError: with the name of what cannot be written.
+        """
+        folder = self.folder(video)
+        for name in (RECORD, TABLE):
+            (folder / name).unlink(missing_ok=True)
+        rows = None
+        if self.with_table:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([Row._fields, *table(objects)])
+            rows = text.getvalue().encode()
+            with atomic_write(folder / TABLE) as file:
+                file.write(rows)
+        mask = io.BytesIO()
+        np.save(mask, objects.labels.numpy())
+        with atomic_write(folder / MASK) as file:
+            file.write(mask.getbuffer())
+        digests = {"mask": digest(mask.getvalue()), "table": digest(rows) if rows else None}
+        write_json(folder / RECORD, {**self.made_by, "frames": state, **digests})

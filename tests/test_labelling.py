@@ -1,0 +1,85 @@
+"""The engine of infer.py: which videos come together, what a device is asked for, who decodes."""
+
+import json
+from itertools import chain
+from types import SimpleNamespace
+
+import pretend
+import torch
+from conftest import ROOT, make_video, write_video
+
+import batches
+import labelling
+from dataset import CLEVRDataset
+from devices import Processes
+from labelling import Labeller, choose_decoders, fill_batches
+from model import UNet
+from render import render_video
+
+PRETEND = """
+import sys, json, torch
+import devices, model, pretend
+from labelling import Labeller
+from videos import find_videos, read_video
+frames = read_video(find_videos(sys.argv[2])[0])
+labels = []
+for precision in (False, True):
+    devices.has_bfloat16 = model.has_bfloat16 = lambda device: precision
+    for where in ("cpu", "pretend"):
+        labeller = Labeller(model.UNet.load(sys.argv[1]), where)
+        pretend.reset()
+        labels.append(labeller.label([frames])[0].labels)
+    assert labels[-1].any() and torch.equal(*labels[-2:])
+kernels, waits, copies = pretend.counts()
+print(json.dumps([sum(kernels.values()), waits, copies]))
+"""
+
+
+def test_a_video_on_a_pretended_gpu_waits_once_and_for_its_own_labels(tmp_path):
+    """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
+    frames, _ = render_video(5, (4, 6), num_frames=8)
+    write_video(tmp_path / "video_0", frames)
+    paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
+    status, printed, errors = pretend.in_new_process(PRETEND, *paths)
+    assert status == 0, errors[-3000:]
+    kernels, waits, copies = json.loads(printed.splitlines()[-1])
+    assert kernels <= 100
+    assert waits == {"synchronize": 1}
+    assert copies == {"non-blocking copy to the device": 1, "non-blocking copy to the CPU": 2}
+
+
+def test_the_network_is_compiled_for_the_threads_of_a_worker_thread(monkeypatch):
+    seen = []
+    compile_network = lambda *_: seen.append(torch.get_num_threads())  # noqa: E731
+    monkeypatch.setattr(labelling, "compile_network", compile_network)
+    torch.set_num_threads(4)
+    try:
+        Labeller(UNet(widths=(8, 16))).compile()
+        assert (seen, torch.get_num_threads()) == ([1], 4)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_short_videos_fill_a_batch_and_none_is_torn():
+    lengths = [3, 5, 2, 22, 30, 1, 10, 11]
+    groups = list(fill_batches(lengths, 11))
+    assert list(chain(*groups)) == list(range(8))
+    assert groups == [[0, 1, 2], [3], [4], [5, 6], [7]]
+    assert list(fill_batches([], 11)) == []
+
+
+def test_decoders_are_those_that_the_machine_has_room_for(tmp_path, monkeypatch, capsys):
+    """8 cores and 40 MB for two processes with a GPU each, and for frames of their real size."""
+    processes = Processes(torch.device("cpu"))
+    sizes = {"usual": (160, 240), "large": (320, 480)}
+    data = {
+        name: CLEVRDataset(make_video(tmp_path / name / "video_0", size=size), labelled=False)
+        for name, size in sizes.items()
+    }
+    assert choose_decoders(data["large"], None, 22, processes) == 0, "on a CPU each thread decodes"
+    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
+    monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 10**7))
+    assert choose_decoders(data["usual"], None, 22, processes) == 3  # of its 4 cores, one launches
+    assert choose_decoders(data["large"], None, 22, processes) == 0, "10 MB a batch, two ahead"
+    assert "enough for 0 workers, not 3" in capsys.readouterr().out
