@@ -1,17 +1,16 @@
-"""Batches: which frames or whole videos come together, who takes them, and who reads them ahead."""
+"""Batches: which frames a training process reads, and who reads them ahead."""
 
 import math
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dataset import CLEVRDataset, split_videos
+from dataset import CLEVRDataset
 from devices import Processes, usable_cpus, why_alone
 from utils import UserError
 
@@ -26,15 +25,11 @@ class ShardedBatches(Sampler[list[int]]):
         frames: Number of frames.
         batch_size: Frames of one batch, over all processes.
         processes: Who takes part.
-        shuffle: Another order in each `epoch` (set it), and no incomplete last batch unless it is
-            the only one; else in order, every frame exactly once, and a process that has no share
-            of the last batch ends one batch earlier.
+        shuffle: Another order in each epoch (`set_epoch`), and no incomplete last batch unless it
+            is the only one; else in order, every frame exactly once, and a process that has no
+            share of the last batch ends one batch earlier.
         seed: Of the order.
         passes: How often an epoch goes through all frames, each time in another order.
-
-    Attributes:
-        epoch: Which one is next.
-        done: How many of its batches to leave out, since a run that was stopped has had them.
     """
 
     def __init__(
@@ -48,54 +43,47 @@ class ShardedBatches(Sampler[list[int]]):
     ):
         self.frames, self.batch_size, self.processes = frames, batch_size, processes
         self.shuffle, self.seed, self.passes = shuffle, seed, passes
-        self.epoch, self.done = 0, 0
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose which epoch is next, and how many of its batches are left out."""
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         return self.passes * self._batches_of_a_pass()
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._whole():
-            yield batch[self.processes.rank :: self.processes.count]
-
-    def batch(self, number: int) -> list[int]:
-        """Return the frames of a batch of this epoch, those of all processes."""
-        return next(islice(self._whole(0), number, None), [])
-
-    def _whole(self, done: int | None = None) -> Iterator[list[int]]:
-        done = self.done if done is None else done
         count, order = self._batches_of_a_pass(), list(range(self.frames))
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        rank, processes = self.processes.rank, self.processes.count
         for number in range(self.passes):
             if self.shuffle:
                 order = torch.randperm(self.frames, generator=generator).tolist()
-            for k in range(max(0, done - number * count), count):
-                yield order[k * self.batch_size : (k + 1) * self.batch_size]
+            for k in range(max(0, self.skip - number * count), count):
+                yield order[k * self.batch_size : (k + 1) * self.batch_size][rank::processes]
 
     def _batches_of_a_pass(self) -> int:
         whole, rest = divmod(self.frames, self.batch_size)
         return max(1, whole) if self.shuffle else whole + (self.processes.rank < rest)
 
 
-def load_data(
-    path: Path, batch_size: int, seed: int, cache: bool, workers: int | None, processes: Processes
+def make_loaders(
+    training: CLEVRDataset,
+    validation: CLEVRDataset,
+    batch_size: int,
+    seed: int,
+    workers: int | None,
+    processes: Processes,
 ) -> tuple[DataLoader, DataLoader]:
-    """Return the batches of this process, for training and for validation.
+    """Return this process's batches of shuffled training frames, and of all validation frames.
 
     Raises:
-        UserError: too few videos, or too few frames for so many processes.
+        UserError: too few frames for so many processes.
     """
-    training, validation = (
-        CLEVRDataset(videos, cache=cache) for videos in split_videos(path, seed)
-    )
     if min(batch_size, len(training)) < processes.count:
         raise UserError(
             f"{processes.count} processes share batches of {batch_size} out of "
             f"{len(training)} frames: start fewer, or give a larger --batch-size"
-        )
-    if processes.first:
-        print(
-            f"{len(training)} training frames of {len(training.videos)} videos, "
-            f"{len(validation)} validation frames of {len(validation.videos)} videos"
         )
     passes = math.ceil(EPOCH_STEPS / max(1, len(training) // batch_size))
     batches = ShardedBatches(len(training), batch_size, processes, True, seed, passes)
@@ -118,13 +106,6 @@ def load_data(
         DataLoader(training, batch_sampler=batches, **loading),
         DataLoader(validation, batch_sampler=val_batches, **loading),
     )
-
-
-def videos_of(loader: DataLoader, numbers: Iterable[int]) -> list[str]:
-    """Return the videos whose frames are in batches of this epoch, of these numbers."""
-    dataset, batches = loader.dataset, loader.batch_sampler
-    frames = {i for number in numbers if number >= 0 for i in batches.batch(number)}
-    return [str(dataset.videos[v]) for v in sorted({int(dataset.index[i][0]) for i in frames})]
 
 
 def choose_workers(

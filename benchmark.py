@@ -56,6 +56,7 @@ from bench.speed import (
 from checkpoints import SHIPPED
 from model import UNet
 from render import DEMO_DATA, render_demo
+from train import BATCH_SIZE
 from videos import Video, find_videos
 
 try:
@@ -64,7 +65,6 @@ except ImportError:  # Windows
     resource = None
 
 MEMORY_VIDEOS = (20, 2000)
-TRAIN_BATCH = 16  # the default of train.py
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -250,7 +250,7 @@ def main() -> int:
     args = parse_args()
     device = devices.choose_device(args.device)
     batch_size = args.batch_size or (64 if device.type != "cpu" else 4)
-    train_batch = max(TRAIN_BATCH, batch_size)
+    train_batch = max(BATCH_SIZE, batch_size)
     header = utils.log_header(device)
     print(header, flush=True)
     if args.check:

@@ -1,17 +1,22 @@
-"""How the epochs of a run went: log.csv, TensorBoard, what is printed, and how long is left."""
+"""How the epochs of a run go: the mean loss, the progress bar, log.csv, TensorBoard."""
 
 import csv
 import io
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from devices import Processes
 from files import atomic_write, named
 from page.pictures import draw_columns
 from utils import UserError
@@ -21,6 +26,81 @@ FIELDS = (
     "weighted_iou",
 )
 DRAW_EVERY = 20  # seconds at least: a picture takes 0.1 s, most of it to be packed
+
+
+@dataclass
+class MeanLoss:
+    """The mean loss of the steps of an epoch; the host waits for the device in `look` alone."""
+
+    processes: Processes | None = None  # over which a step's loss is averaged; None: this alone
+    total: float = 0.0  # of the steps that were looked at
+    steps: int = 0
+    latest: float = math.nan
+    unseen: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Tensor) -> None:
+        """Take the loss of a step, whenever it will have been computed."""
+        self.unseen.append(loss.detach())
+
+    def look(self) -> None:
+        """Count what was added. Raises UserError: a loss was not finite, of any process.
+
+        All processes look after the same steps. The sum does not depend on which these are.
+        """
+        if not self.unseen:
+            return
+        losses = torch.stack(self.unseen).cpu().double()  # no float64 on Apple's GPUs
+        self.unseen.clear()
+        if self.processes and self.processes.count > 1:
+            self.processes.add_up(losses)
+            losses /= self.processes.count
+        if not losses.isfinite().all():
+            raise UserError("the loss is no longer finite: lower --learning-rate")
+        for loss in losses.tolist():
+            self.total += loss
+            self.steps += 1
+            self.latest = loss
+
+    def mean(self) -> float:
+        """Look, and return the mean of the epoch so far, which a stop in validation saves."""
+        self.look()
+        return self.total / max(1, self.steps)
+
+    def begin(self) -> None:
+        """Begin an epoch."""
+        self.total, self.steps = 0.0, 0
+
+
+class Progress:
+    """The batches of an epoch with a progress bar, and how fast they are trained on.
+
+    Args:
+        loader: Yields tensors whose first dimension is that of the frames.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
+        self.frames, self.waited, self.start = 0, 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        asked = time.perf_counter()
+        for batch in self.bar:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            self.frames += len(batch[0])
+            asked = time.perf_counter()
+
+    def show(self, loss: float, left: str) -> None:
+        """Write the latest loss, the pace and the time that is left beside the bar."""
+        pace = self.figures()
+        rates = f"{pace['frames_per_s']:.1f} frames/s, {pace['waiting']:.0%} waiting for data"
+        parts = (f"loss {loss:.3f}", rates, left)
+        self.bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+
+    def figures(self) -> dict[str, float]:
+        """Return frames_per_s (of this process) and waiting (share of the time, for data)."""
+        seconds = time.perf_counter() - self.start
+        return {"frames_per_s": self.frames / seconds, "waiting": self.waited / seconds}
 
 
 class Log:
@@ -39,6 +119,8 @@ class Log:
         with atomic_write(path) as file:  # a kill must not cost what the log holds already
             file.write(text.getvalue().encode())
         self.path, self.folder = path, out / "tensorboard"
+        from torch.utils.tensorboard import SummaryWriter  # seconds, in training alone
+
         threading.excepthook = _leave_to_caller
         with named(self.folder):
             self.board = SummaryWriter(self.folder, purge_step=completed + 1)
@@ -94,7 +176,7 @@ def _lines(path: Path, completed: int) -> list[dict[str, str]]:
 
 
 def epoch_line(figures: dict[str, Any], left: str) -> str:
-    """Return what is printed of an epoch; `left` as of `Pace`."""
+    """Return what is printed of an epoch; `left` as of `Run.time_left`."""
     return (
         f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
         f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
@@ -103,56 +185,3 @@ def epoch_line(figures: dict[str, Any], left: str) -> str:
         f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data"
         f"{left and '; '}{left}"
     )
-
-
-class Pace:
-    """How long the rest of a run takes, at the pace of what this process has done of it.
-
-    Training is counted by the step; what follows it in an epoch (settling, validation, saving) by
-    the epoch, so that one which a stop has cut in two does not mislead.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.clock, self.mark = clock, clock()
-        self.training, self.steps = 0.0, 0  # seconds of so many steps
-        self.rest, self.epochs = 0.0, 0  # seconds of what followed them in so many epochs
-
-    def stepped(self) -> None:
-        """Note that a step has ended."""
-        self.training += self._passed()
-        self.steps += 1
-
-    def ended(self) -> None:
-        """Note that an epoch has ended, with all that belongs to it."""
-        self.rest += self._passed()
-        self.epochs += 1
-
-    def _passed(self) -> float:
-        before, self.mark = self.mark, self.clock()
-        return self.mark - before
-
-    def left(self, steps: int, epochs: int) -> str:
-        """Return e.g. "12 min left", for so many steps and ends of epochs.
-
-        "over 12 min left" where no epoch has ended yet; "" where nothing is left or no step is
-        known.
-        """
-        if not epochs or not self.steps:
-            return ""
-        seconds = steps * self.training / self.steps
-        if self.epochs:
-            seconds += epochs * self.rest / self.epochs
-        return f"{'' if self.epochs else 'over '}{in_words(seconds)} left"
-
-
-def in_words(seconds: float) -> str:
-    """Return a time as people say it: 40 s, 12 min, 3 h 5 min, 2 days 4 h."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(minutes / 60)
-    return f"{hours // 24} days {hours % 24} h"

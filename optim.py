@@ -1,4 +1,4 @@
-"""Muon with AdamW, the learning rate over a run, and the running mean of the weights."""
+"""Muon with AdamW, the learning rate over a run, and the average of the weights (EMA)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from devices import Processes, has_bfloat16, mixed_precision
 
 WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
-AVERAGE_DECAY = 0.995  # of the running mean of the weights, a step
+EMA_DECAY = 0.995  # of the average of the weights, a step
 MOMENTUM = 0.95  # Jordan et al.'s
 WEIGHT_DECAY = 0.02  # of the learning rate, a step
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s: steep at 0, so that 5 steps do
@@ -31,10 +31,10 @@ def scaled_rate(learning_rate: float, batch_size: int) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Move the running mean of the weights, which is what is validated and kept, one step on."""
-    decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+def update_ema(ema: nn.Module, model: nn.Module, step: int) -> None:
+    """Move the exponential moving average of the weights, which is validated and kept, on."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
     means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
     torch._foreach_lerp_(means, values, 1 - decay)
     if counts := [pair for pair in pairs if not pair[0].is_floating_point()]:
@@ -42,29 +42,26 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def settle_statistics(
-    average: nn.Module, batches: Iterable[Tensor], device: torch.device, processes: Processes
-) -> None:
-    """Give the running mean of the weights the batch statistics that it has itself.
+def update_bn(batches: Iterable[Tensor], model: nn.Module, processes: Processes) -> None:
+    """Give averaged weights the batch statistics that they have themselves.
 
-    Those that training gathers lag by ten steps and are of other weights: after thirty steps from
-    nothing they cost a tenth of the object IoU, after sixteen all of it. So what is validated and
-    kept is shown some batches again (Wu and Johnson 2021, https://arxiv.org/abs/2105.07576).
+    As torch.optim.swa_utils.update_bn. Those that training gathers lag by ten steps and are of
+    other weights: after thirty steps from nothing they cost a tenth of the object IoU, after
+    sixteen all of it (Wu and Johnson 2021, https://arxiv.org/abs/2105.07576).
 
     Args:
-        average: As of `update_average`; its other weights stay.
         batches: Crops (B, 3, H, W) as training sees them, this process's share.
-        device: Where the network is.
+        model: The average of `update_ema`; its weights stay.
         processes: Over which the statistics are averaged.
     """
-    norms = [m for m in average.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
-    average.train()
+    model.train()
     for crops in batches:
-        with mixed_precision(device):
-            average.stages(crops)
+        with mixed_precision(processes.device):
+            model.stages(crops)
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             processes.add_up(statistic)
@@ -86,14 +83,14 @@ class MuonAdamW:
 
     Args:
         model: What is trained.
-        pull: Of every step, this many times the learning rate is the share of the way back to
+        l2_sp: Of every step, this many times the learning rate is the share of the way back to
             where the weights began (L2-SP, Li et al. 2018, https://arxiv.org/abs/1802.01483, apart
             from the gradient as AdamW's decay is): what few examples do not show is not forgotten.
     """
 
-    def __init__(self, model: nn.Module, pull: float = 0.0):
-        self.weights, self.pull = list(model.parameters()), pull
-        self.start = [weight.detach().clone() for weight in self.weights] if pull else []
+    def __init__(self, model: nn.Module, l2_sp: float = 0.0):
+        self.weights, self.l2_sp = list(model.parameters()), l2_sp
+        self.start = [weight.detach().clone() for weight in self.weights] if l2_sp else []
         filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
         self.filters = [p for p in filters if p.shape[1] > 1]  # one channel makes no matrix
         chosen = {id(p) for p in self.filters}
@@ -106,7 +103,7 @@ class MuonAdamW:
     def step(self, learning_rate: float) -> None:
         """Update the weights and clear the gradients."""
         if self.start:
-            torch._foreach_lerp_(self.weights, self.start, min(1.0, learning_rate * self.pull))
+            torch._foreach_lerp_(self.weights, self.start, min(1.0, learning_rate * self.l2_sp))
         gradients = [weight.grad for weight in self.filters]
         torch._foreach_lerp_(self.velocities, gradients, 1 - MOMENTUM)
         changes = torch._foreach_lerp(gradients, self.velocities, MOMENTUM)
@@ -124,7 +121,7 @@ class MuonAdamW:
         self.adamw.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of both optimisers, and where the pull goes to."""
+        """Return the state of both optimisers, and where the weights began."""
         return {
             "adamw": self.adamw.state_dict(),
             "velocities": self.velocities,
@@ -137,7 +134,7 @@ class MuonAdamW:
         self.adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
         for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
             velocity.copy_(saved)
-        device = self.weights[0].device  # a run that began without a pull goes on without
+        device = self.weights[0].device  # a run that began without goes on without
         self.start = [weight.to(device) for weight in state.get("start", [])]
 
 

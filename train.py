@@ -16,36 +16,42 @@ state saved.
 """
 
 import argparse
+import copy
 import math
+import shlex
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from augment import augment
-from batches import load_data, videos_of
-from checkpoints import SHIPPED
+from batches import make_loaders
+from checkpoints import SHIPPED, load_checkpoint
+from classes import CLASS_NAMES, NUM_CLASSES
+from dataset import CLEVRDataset, split_videos
 from devices import Processes, choose_device, compile_network, mixed_precision
-from log import Log, Pace, epoch_line
-from model import MAX_STAGES, UNet
-from optim import learning_rate_at, scaled_rate, settle_statistics, update_average
+from log import Log, Progress, epoch_line
+from metrics import confusion_matrix, summarise
+from model import MAX_STAGES, UNet, for_labelling
+from optim import scaled_rate, update_bn, update_ema
 from render import DEMO_DATA, render_demo
-from runs import NOTHING, Keeper, Run, build_model, last_words, load_init
-from utils import at_least, log_header, make_parser, run_script, seed_everything
-from validation import draw_some, is_blind, validate
+from runs import BEST, LAST, LOOK_EVERY, Keeper, Run
+from utils import UserError, at_least, log_header, make_parser, run_script, seed_everything
 
-SETTLE_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
-LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
-PULL = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to the weights given
-RATES = 4e-3, 1e-3  # highest, of steps of 16 frames: from nothing, from trained weights
+BATCH_SIZE = 16  # frames of a step
+RATES = 4e-3, 1e-3  # highest, of steps of so many frames: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
+L2_SP = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to where it began
+BN_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
+NOTHING = Path("none")  # of --init
+SHOWN = 3  # validation frames in TensorBoard
+BLIND_STEPS = 100  # after which a network that sees no object is warned of
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--batch-size",
         type=at_least(1),
-        default=16,
+        default=BATCH_SIZE,
         help="frames a step, of all processes together (default: %(default)s)",
     )
     add(
@@ -107,113 +113,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def train_one_epoch(
-    run: Run,
-    parallel: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    rate_at: Callable[[int], float],
-    device: torch.device,
-    change: Callable = augment,
-    attend: Callable[[], None] = lambda: None,
-    left: Callable[[], str] = lambda: "",
-) -> dict[str, float]:
-    """Train on every batch once.
-
-    Args:
-        run: What is trained.
-        parallel: `run.model`, or what shares its gradients among the processes.
-        loader: Batches of images (B, 3, H, W) and masks (B, H, W), uint8.
-        rate_at: The learning rate of a step.
-        device: Where the network is.
-        change: What is done to a batch first.
-        attend: Called after every step.
-        left: Returns how long the rest of the run takes, for the progress bar.
-
-    Returns:
-        train_loss (mean, also of steps before a stop), lr (the last), frames_per_s (of this
-        process), waiting (share of the time that went into waiting for data).
-    """
-    parallel.train()
-    frames, waited = 0, 0.0
-    start = asked = time.perf_counter()
-    bar = tqdm(loader, "training", leave=False, disable=None, unit="batch")
-    for images, masks in bar:
-        waited += time.perf_counter() - asked
-        crops, targets = change(*(x.to(device, non_blocking=True) for x in (images, masks)))
-        with mixed_precision(device):
-            loss = parallel(crops, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(run.model.parameters(), MAX_NORM)
-        run.optimizer.step(rate_at(run.step))
-        update_average(run.average, run.model, run.step)
-        run.step += 1
-        run.done += 1
-        run.loss.add(loss)
-        frames += len(images)
-        if run.step % LOOK_EVERY == 0:
-            latest, seconds = run.loss.look(), time.perf_counter() - start
-            rates = f"{frames / seconds:.1f} frames/s, {waited / seconds:.0%} waiting for data"
-            parts = (f"loss {latest:.3f}", rates, left())
-            bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
-        attend()
-        asked = time.perf_counter()
-    train_loss = run.loss.mean()  # waits for the device: the seconds are its own
-    seconds = time.perf_counter() - start
-    return {
-        "train_loss": train_loss,
-        "lr": rate_at(max(run.step - 1, 0)),
-        "frames_per_s": frames / seconds,
-        "waiting": waited / seconds,
-    }
-
-
-def settle(run: Run, loader: DataLoader, processes: Processes) -> None:
-    """Show the averaged network the last batches of an epoch once more, for its statistics."""
-    device = processes.device
-    loader.batch_sampler.done = max(0, len(loader) - max(SETTLE_STEPS, len(loader) // 10))
-    crops = (augment(x.to(device), masks.to(device))[0] for x, masks in loader)
-    settle_statistics(run.average, crops, device, processes)
-    processes.copy_first(run.average)
-
-
-def start_run(
-    args: argparse.Namespace, init: tuple[UNet, Path] | None, loader: DataLoader, rate: float
-) -> Run:
-    """Return the run, new or resumed, the same one on all processes.
-
-    Args:
-        args: The command line.
-        init: As of `load_init`.
-        loader: The batches of an epoch.
-        rate: The highest learning rate.
-
-    Raises:
-        UserError: the processes do not all find the same checkpoint.
-    """
-    processes, data = loader.batch_sampler.processes, loader.dataset
-    trained, file = init or (None, None)
-    model = build_model(trained, args.widths, processes.device)
-    run = Run.start(model, PULL / len(data) if trained else 0.0)
-    run.facts = {
-        "data": str(args.data.resolve()),
-        "seed": args.seed,
-        "frame_size": list(data[0][0].shape[1:]),  # scale.py asks for it
-    }
-    run.loss.videos = lambda ago: videos_of(loader, (run.done - 2 - ago, run.done - 1 - ago))
-    run.begin(args.out if args.resume else None, args.batch_size, len(loader), processes)
-    if processes.first:
-        print(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters")
-        if not run.step:
-            whose = f"the weights of {file}" if file else "nothing"
-            print(f"starting from {whose}, with a learning rate of up to {rate:g}")
-        if run.step:
-            within = f" and step {run.done}" if run.done else ""
-            print(f"going on after epoch {run.epoch}{within}")
-        if run.epoch >= args.num_epochs:
-            print(f"nothing left to do: {run.epoch} of {args.num_epochs} epochs are done")
-    return run
-
-
 def main() -> None:
     """Prepare data, network and optimiser, then train, validate and save epoch by epoch."""
     args = parse_args()
@@ -226,81 +125,254 @@ def main() -> None:
             render_demo()
     processes.wait()
 
-    init = load_init(args.init, args.data, args.widths, processes.first)
-    rate = args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size)
-    loader, val_loader = load_data(
-        args.data, args.batch_size, args.seed, not args.no_cache, args.workers, processes
+    train_videos, val_videos = split_videos(args.data, args.seed)
+    training = CLEVRDataset(train_videos, cache=not args.no_cache)
+    validation = CLEVRDataset(val_videos, cache=not args.no_cache)
+    if processes.first:
+        print(
+            f"{len(training)} training frames of {len(training.videos)} videos, "
+            f"{len(validation)} validation frames of {len(validation.videos)} videos"
+        )
+    loader, val_loader = make_loaders(
+        training, validation, args.batch_size, args.seed, args.workers, processes
     )
-    run = start_run(args, init, loader, rate)
+
+    model, init = build_model(args.init, args.data, args.widths, processes)
+    run = Run.open(
+        model,
+        processes,
+        batch_size=args.batch_size,
+        epoch_steps=len(loader),
+        num_epochs=args.num_epochs,
+        learning_rate=args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size),
+        l2_sp=L2_SP / len(training) if init else 0.0,
+        seed=args.seed,
+        resume=args.out / LAST if args.resume else None,
+    )
+    run.facts |= {
+        "data": str(args.data.resolve()),
+        "seed": args.seed,
+        "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
+    }
+    if processes.first:
+        print(first_words(run, init, args.num_epochs))
     if args.compile:
         images, masks = next(iter(loader))
-        compile_network(run.model.train(), augment(images.to(device), masks.to(device))[0])
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
-    train_epochs(args, run, loader, val_loader, rate, processes)
+        compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
+    train_epochs(run, loader, val_loader, args.num_epochs, args.out)
     if processes.first:
         print(last_words(args.out, args.data))
 
 
+def build_model(
+    init: Path | None, data: Path, widths: list[int] | None, processes: Processes
+) -> tuple[UNet, Path | None]:
+    """Return the network to train, on its device, and the file that its weights come from.
+
+    Args:
+        init: What --init says; None: the shipped weights, if they are there and `data` and
+            `widths` do not speak against them.
+        data: What to learn from.
+        widths: What --widths says.
+        processes: Of which the first one speaks.
+
+    Raises:
+        UserError: what --init names cannot be read, or is another network than `widths` says.
+    """
+    file = init or (None if data == DEMO_DATA or widths else SHIPPED)
+    model = None
+    if file and file != NOTHING:
+        try:
+            model = UNet.load(file)
+        except UserError as error:
+            if init:
+                raise
+            if processes.first:
+                print(f"the shipped weights are left out: {error}", file=sys.stderr)
+        if model and widths and model.config != {"widths": widths}:
+            raise UserError(f"{file} is another network: leave out --widths")
+    if model is None:
+        model, file = UNet(widths) if widths else UNet(), None
+    if processes.device.type != "cpu":  # there the convolutions choose their own format
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(processes.device), file
+
+
 def train_epochs(
-    args: argparse.Namespace,
-    run: Run,
-    loader: DataLoader,
-    val_loader: DataLoader,
-    rate: float,
-    processes: Processes,
+    run: Run, loader: DataLoader, val_loader: DataLoader, num_epochs: int, out: Path
 ) -> None:
-    """Train, validate and save epoch by epoch, up to the learning rate `rate`."""
-    device, total_steps, pace = processes.device, args.num_epochs * len(loader), Pace()
-    parallel = DistributedDataParallel(run.model) if processes.count > 1 else run.model
+    """Train, validate and save epoch by epoch."""
+    processes, epoch_steps = run.processes, len(loader)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
+    network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log = Log(args.out, run.epoch)
-
-    def rate_at(step: int) -> float:
-        return learning_rate_at(step / total_steps, rate)
-
-    def seed_step() -> None:
-        # Every step has a seed of its own, so that a run which was stopped goes on like another.
-        number = run.step * processes.count + processes.rank
-        torch.manual_seed((1_000_000_007 * args.seed + number) % 2**63)
-
-    def change(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        seed_step()
-        return augment(images, masks)
-
-    def left() -> str:
-        return pace.left(total_steps - run.step, args.num_epochs - run.epoch)
-
-    with Keeper(run, args.out, args.batch_size, processes) as keeper:
-
-        def attend() -> None:
-            pace.stepped()
-            keeper.attend()
-
-        while run.epoch < args.num_epochs:
-            loader.batch_sampler.epoch, loader.batch_sampler.done = run.epoch + 1, run.done
-            figures = train_one_epoch(run, parallel, loader, rate_at, device, change, attend, left)
-            figures["frames_per_s"] *= processes.count
-            seed_step()
-            settle(run, loader, processes)
-            figures |= validate(
-                run.average, val_loader, device, processes, keeper.attend_validation
-            )
-            run.epoch, run.done = run.epoch + 1, 0
-            run.loss.begin()
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out, run.epoch)
+    with Keeper(run, out) as keeper:
+        while run.epoch < num_epochs:
+            loader.batch_sampler.set_epoch(run.epoch + 1, skip=run.done)
+            figures = train_one_epoch(run, network, loader, keeper)
+            refresh_statistics(run, loader)
+            figures |= validate(run.ema, val_loader, processes, keeper)
+            run.end_epoch()
+            figures["epoch"] = run.epoch
             if processes.first:
-                if warning := is_blind(figures, run.step, len(loader), total_steps):
+                if warning := blind_warning(figures, run.step, epoch_steps, run.total_steps):
                     print(warning, file=sys.stderr, flush=True)
-                figures["epoch"] = run.epoch
                 log.add(figures)
-                run.save(args.out, figures, args.num_epochs, args.batch_size)
-                if log.wants_picture() or run.epoch == args.num_epochs:
-                    draw_some(log, run.epoch, run.average, val_loader.dataset, device)
-            pace.ended()
-            if processes.first:
-                print(epoch_line(figures, left()), flush=True)
-            if run.epoch < args.num_epochs:
-                keeper.attend_epoch()
+                run.save(out, figures, num_epochs)
+                if log.wants_picture() or run.epoch == num_epochs:
+                    draw_examples(log, run, val_loader.dataset)
+                print(epoch_line(figures, run.time_left()), flush=True)
+            if run.epoch < num_epochs:
+                keeper.check_epoch()
+
+
+def train_one_epoch(
+    run: Run, network: nn.Module, loader: DataLoader, keeper: Keeper
+) -> dict[str, float]:
+    """Train on every batch once.
+
+    Args:
+        run: What is trained.
+        network: `run.model`, or what shares its gradients among the processes.
+        loader: Batches of images (B, 3, H, W) and masks (B, H, W), uint8.
+        keeper: Saves and stops after a step, where that is due.
+
+    Returns:
+        train_loss (mean, also of steps before a stop), lr (the last), frames_per_s (of all
+        processes), waiting (share of the time that went into waiting for data).
+    """
+    device = run.processes.device
+    network.train()
+    progress = Progress(loader)
+    for images, masks in progress:
+        run.seed_step()
+        images, masks = (part.to(device, non_blocking=True) for part in (images, masks))
+        crops, targets = augment(images, masks)  # (2B, 3, 96, 96), (2B, 96, 96)
+        with mixed_precision(device):
+            loss = network(crops, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+        run.optimizer.step(run.learning_rate())  # clears the gradients, too
+        update_ema(run.ema, run.model, run.step)
+        run.count_step(loss)
+        if run.step % LOOK_EVERY == 0:
+            progress.show(run.loss.latest, run.time_left())
+        keeper.check()
+    train_loss = run.loss.mean()  # waits for the device: the seconds are its own
+    pace = progress.figures()
+    return {
+        "train_loss": train_loss,
+        "lr": run.learning_rate(ago=1),
+        "frames_per_s": pace["frames_per_s"] * run.processes.count,
+        "waiting": pace["waiting"],
+    }
+
+
+def refresh_statistics(run: Run, loader: DataLoader) -> None:
+    """Show the averaged network the last batches of an epoch again, for its batch statistics."""
+    device = run.processes.device
+    skip = max(0, len(loader) - max(BN_STEPS, len(loader) // 10))
+    loader.batch_sampler.set_epoch(run.epoch + 1, skip)
+    run.seed_step()
+    crops = (augment(images.to(device), masks.to(device))[0] for images, masks in loader)
+    update_bn(crops, run.ema, run.processes)
+    run.processes.copy_first(run.ema)
+
+
+@torch.inference_mode()
+def validate(
+    model: nn.Module, loader: DataLoader, processes: Processes, keeper: Keeper | None = None
+) -> dict[str, Any]:
+    """Return evaluate.py's figures and val_loss for whole frames, each counted exactly once.
+
+    They are those of the network as infer.py uses it, frame by frame; `model` stays as it is.
+    """
+    device = processes.device
+    model = for_labelling(copy.deepcopy(model), device)
+    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=device)
+    losses = [torch.zeros(0, device=device)]
+    for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
+        images, masks = (part.to(device, non_blocking=True) for part in (images, masks))
+        with mixed_precision(device):
+            stages = model.stages(images)
+        # A loss for each frame by itself, so that the mean does not depend on the batches.
+        losses.append(model.frame_losses(stages, masks))
+        confusion += confusion_matrix(masks, model.labels(stages))
+        if keeper:
+            keeper.check_validation()
+    losses = torch.cat(losses).cpu().double()
+    total = torch.stack((losses.sum(), torch.tensor(len(losses)).double()))
+    confusion = confusion.cpu()
+    processes.add_up(confusion)
+    processes.add_up(total)
+    return {"val_loss": (total[0] / total[1]).item(), **summarise(confusion)}
+
+
+def blind_warning(figures: dict[str, Any], step: int, steps: int, total: int) -> str:
+    """Return a warning where a network sees no object, once in a run; "" if all is well.
+
+    Args:
+        figures: As of `validate`.
+        step: Steps of training that it has had. For the first BLIND_STEPS, more than twice what
+            one that starts from nothing needs, it may be so.
+        steps: Steps of an epoch.
+        total: Steps of the whole run.
+    """
+    objects = sum(pixels for name, pixels in figures["pixels"].items() if name != CLASS_NAMES[0])
+    now = step - steps < min(BLIND_STEPS, total) <= step
+    if not objects or figures["foreground_iou"] > 0 or not now:
+        return ""
+    return (
+        f"warning: after {step} steps the network sees no object in any validation frame: look at "
+        "the masks with preview.py or dataset.py, and at --learning-rate"
+    )
+
+
+@torch.inference_mode()
+def draw_examples(log: Log, run: Run, data: CLEVRDataset) -> None:
+    """Show what the network sees of a few frames, always the same ones, evenly apart in `data`."""
+    device = run.processes.device
+    chosen = sorted({(2 * k + 1) * len(data) // (2 * SHOWN) for k in range(SHOWN)})
+    frames, truth = default_collate([data[i] for i in chosen])
+    model = for_labelling(copy.deepcopy(run.ema), device)
+    with mixed_precision(device):
+        labels = model.predict(frames.to(device))
+    log.draw(run.epoch, frames, truth, labels.cpu())
+
+
+def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
+    """Say what a run begins or goes on with."""
+    words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
+    if run.step:
+        within = f" and step {run.done}" if run.done else ""
+        words.append(f"going on after epoch {run.epoch}{within}")
+    else:
+        whose = f"the weights of {init}" if init else "nothing"
+        rate = f"a learning rate of up to {run.highest_rate:g}"
+        words.append(f"starting from {whose}, with {rate}")
+    if run.epoch >= num_epochs:
+        words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
+    return "\n".join(words)
+
+
+def last_words(out: Path, data: Path) -> str:
+    """Say what a finished run came to, where its files are, and what to type next."""
+    file = out / BEST
+    try:
+        best = load_checkpoint(file)
+        came_to = f"best weighted IoU: {best['weighted_iou']:.3f}, after epoch {best['epoch']}"
+    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
+        file, came_to = out / LAST, "weights of the last epoch"
+    script = str(Path(sys.argv[0]).with_name("infer.py"))
+    command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
+    return (
+        f"{came_to}, in {file}\n"
+        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
+        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
+        f"label these or other videos with: {shlex.join(command)}"
+    )
 
 
 if __name__ == "__main__":

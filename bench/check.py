@@ -19,28 +19,28 @@ import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import checkpoints
 import devices
 import render
-import train
 import utils
 from augment import augment
-from batches import ShardedBatches
+from batches import ShardedBatches, make_loaders
 from bench.speed import calls_for, timed
-from dataset import CLEVRDataset
+from dataset import CLEVRDataset, split_videos
 from labelling import BATCH_SIZE, Labeller, label_videos
 from model import UNet
+from optim import MuonAdamW
 from outputs import Outputs, provenance
-from runs import Run
+from runs import LAST, Run
+from train import MAX_NORM, train_epochs, validate
 from videos import find_videos, read_labels, read_video
 
 ROOT = Path(__file__).parents[1]
@@ -131,18 +131,19 @@ def training_step(case: Case, device: torch.device, full: bool) -> tuple[float, 
     masks = torch.cat(case.masks)[::VIDEOS][:STEP_FRAMES]
     torch.manual_seed(SEED)
     crops = [part.to(device) for part in augment(images, masks)]  # chance is the CPU's
-    model = train.build_model(UNet.load(case.ckpt), None, device)
+    model = UNet.load(case.ckpt).to(device, memory_format=torch.channels_last).train()
     before = [weight.detach().to(CPU, copy=True) for weight in model.parameters()]
-    run = Run.start(model)
+    optimizer = MuonAdamW(model)
     if full:
         in_float32(model, device)
-    batches = [(images, masks)]
-    figures = train.train_one_epoch(
-        run, model, batches, lambda step: STEP_RATE, device, lambda *_: crops
-    )
+    with devices.mixed_precision(device):
+        loss = model(*crops)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.step(STEP_RATE)
     pairs = zip(model.parameters(), before, strict=True)
     changes = [(weight.detach().cpu() - old).flatten() for weight, old in pairs]
-    return figures["train_loss"], torch.cat(changes)
+    return loss.item(), torch.cat(changes)
 
 
 def compare_step(case: Case, full: bool) -> Finding:
@@ -161,36 +162,24 @@ def compare_step(case: Case, full: bool) -> Finding:
     return off_loss <= limits[0] and off_step <= limits[1], text
 
 
-class Interrupted(Exception):  # noqa: N818 - it is wanted
-    """A run of train.py was stopped, by us."""
-
-
-def run_train(case: Case, out: str, stop: bool = False, resume: bool = False) -> Tensor:
-    """Run train.py on a tiny network for two epochs; return the weights that it saved, (N,).
-
-    With `stop` it ends before the second one is validated, as if it had been killed.
-    """
-    last = case.folder / out / "Unet_checkpoint_last.pt"
-    validate, argv, calls = train.validate, sys.argv, []
+def run_train(case: Case, out: str, epochs: int = 2, resume: bool = False) -> Tensor:
+    """Train a tiny network up to an epoch of two; return the weights that were saved, (N,)."""
+    processes, last = devices.Processes(case.device), case.folder / out / LAST
+    training, validation = (
+        CLEVRDataset(videos, cache=False) for videos in split_videos(case.folder / "data", 0)
+    )
+    torch.manual_seed(SEED)
+    model = UNet((8, 16)).to(case.device, memory_format=torch.channels_last)
     deterministic = torch.get_deterministic_debug_mode()
-
-    def validate_or_stop(*args: Any, **options: Any) -> dict[str, Any]:
-        calls.append(1)
-        if stop and len(calls) == 2:
-            raise Interrupted
-        return validate(*args, **options)
-
-    options = f"--num-epochs 2 --batch-size 4 --no-cache --workers 0 --device {case.device} "
-    options += "--widths 8 16 --deterministic"
-    paths = ["--data", str(case.folder / "data"), "--out", str(last.parent)]
-    sys.argv = ["train.py", *paths, *options.split(), *["--resume"] * resume]
-    train.validate = validate_or_stop
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         quiet = contextlib.redirect_stdout(io.StringIO())
-        with contextlib.suppress(Interrupted), quiet, warnings.catch_warnings(action="ignore"):
-            train.main()
+        with quiet, warnings.catch_warnings(action="ignore"):
+            loaders = make_loaders(training, validation, 4, 0, 0, processes)
+            steps = len(loaders[0])
+            run = Run.open(model, processes, 4, steps, 2, resume=last if resume else None)
+            train_epochs(run, *loaders, epochs, last.parent)
     finally:
-        train.validate, sys.argv = validate, argv
         torch.set_deterministic_debug_mode(deterministic)
     state = checkpoints.load_checkpoint(last)["training"]["model"]
     return torch.cat([part.flatten().double() for part in state.values()])
@@ -199,7 +188,7 @@ def run_train(case: Case, out: str, stop: bool = False, resume: bool = False) ->
 def resume(case: Case) -> Finding:
     """Train in one go, twice, and once with a stop in between."""
     whole, again = run_train(case, "whole"), run_train(case, "again")
-    half = run_train(case, "stopped", stop=True)
+    half = run_train(case, "stopped", epochs=1)
     resumed = run_train(case, "stopped", resume=True)
     chance, off = ((run - whole).abs().max().item() for run in (again, resumed))
     text = f"weights off by {off:.1e}; two runs that were not stopped by {chance:.1e}"
@@ -220,7 +209,7 @@ def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str
     dataset = CLEVRDataset(data, cache=False)
     batches = ShardedBatches(len(dataset), 8, processes, False)
     loader = DataLoader(dataset, batch_sampler=batches)
-    figures = train.validate(UNet.load(ckpt).to(device), loader, device, processes)
+    figures = validate(UNet.load(ckpt).to(device), loader, processes)
     return {key: figures[key] for key in ("val_loss", "miou")} if processes.first else None
 
 
@@ -277,12 +266,15 @@ def rates(case: Case) -> Finding:
     def follow() -> None:
         labeller.label([frames[:BATCH_SIZE]])
 
-    learner = train.build_model(UNet.load(case.ckpt), None, device)
-    run, images = Run.start(learner), (frames[:STEP_FRAMES], masks[:STEP_FRAMES])
-    lesson = [part.to(device) for part in images]
+    learner = UNet.load(case.ckpt).to(device, memory_format=torch.channels_last).train()
+    optimizer = MuonAdamW(learner)
+    lesson = [part[:STEP_FRAMES].to(device) for part in (frames, masks)]
 
-    def learn(steps: int = 1) -> None:
-        train.train_one_epoch(run, learner, repeat(lesson, steps), lambda step: 1e-6, device)
+    def learn() -> None:
+        with devices.mixed_precision(device):
+            loss = learner(*augment(*lesson))
+        loss.backward()
+        optimizer.step(1e-6)
 
     found = []
     for call, number in ((look, len(batch)), (follow, len(batch)), (learn, len(lesson[0]))):

@@ -7,7 +7,7 @@ process had cores, shared by its threads, so that other programs take nothing fr
 import copy
 import time
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import devices
-import train
 import utils
+from augment import augment
 from batches import ShardedBatches
 from bench.peers import NETWORKS
-from bench.speed import schedule, train_loader
+from bench.speed import train_loader
 from dataset import CLEVRDataset, split_videos
 from evaluate import Tally
 from labelling import Labeller
+from optim import MuonAdamW, learning_rate_at, update_ema
+from train import MAX_NORM, RATES, validate
 
 LOOKS = 40  # at a network while it learns
 LOOK_AT = 44  # validation frames, evenly apart
@@ -39,7 +41,8 @@ def clock(device: torch.device) -> float:
 
 def endless(loader: DataLoader) -> Iterator[Any]:
     """Yield the batches of epoch after epoch, each in another order."""
-    for loader.batch_sampler.epoch in count():
+    for epoch in count():
+        loader.batch_sampler.set_epoch(epoch)
         yield from loader
 
 
@@ -48,24 +51,35 @@ def train_for(
     model: nn.Module,
     loader: DataLoader,
     device: torch.device,
-    look: Callable[[float, train.Run], None],
-) -> train.Run:
-    """Train a network for `minutes` with train.py's recipe; `look(minutes so far, run)` at times.
+    look: Callable[[float, nn.Module], None],
+) -> tuple[nn.Module, int]:
+    """Train a network for `minutes` with train.py's recipe; `look(minutes so far, ema)` at times.
 
     The learning rate goes by the time that has passed, so that each completes its schedule.
+
+    Returns:
+        The average of the weights, and the number of steps.
     """
-    run, stream, passed, looks = train.Run.start(model), endless(loader), 0.0, 0
-    while passed < 1:
-        start = clock(device)
-        total = run.step / passed if run.step else 1.0  # steps, at the pace so far
-        number = max(1, int(total / 200))  # how many until the next look at the clock
-        rate_at = schedule(max(total, run.step + number))
-        train.train_one_epoch(run, model, islice(stream, number), rate_at, device)
+    ema, optimizer = copy.deepcopy(model).requires_grad_(False), MuonAdamW(model)
+    steps, passed, looks, start = 0, 0.0, 0, clock(device)
+    model.train()
+    for images, masks in endless(loader):
+        crops, targets = augment(images.to(device), masks.to(device))
+        with devices.mixed_precision(device):
+            loss = model(crops, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step(learning_rate_at(min(passed, 1.0), RATES[0]))
+        update_ema(ema, model, steps)
+        steps += 1
         passed += max(clock(device) - start, 1e-9) / (60 * minutes)
         if int(LOOKS * passed) > looks:
             looks = int(LOOKS * passed)
-            look(minutes * passed, run)
-    return run
+            look(minutes * passed, ema)
+        if passed >= 1:
+            break
+        start = clock(device)
+    return ema, steps
 
 
 @torch.inference_mode()
@@ -101,23 +115,21 @@ def measure_quality(
         utils.seed_everything(0, deterministic=device.type == "cpu")
         curve: list[tuple[float, float]] = []
 
-        def look(spent: float, run: train.Run, curve: list = curve) -> None:
-            figures = train.validate(run.average, load(few, batch_size, False), device, processes)
+        def look(spent: float, ema: nn.Module, curve: list = curve) -> None:
+            figures = validate(ema, load(few, batch_size, False), processes)
             curve.append((spent, figures["foreground_iou"] or 0.0))
 
         loader = load(training, batch_size, True)
-        run = train_for(minutes, NETWORKS[name]().to(device), loader, device, look)
-        figures = train.validate(
-            run.average, load(validation, 2 * batch_size, False), device, processes
-        )
-        tally, network = Tally(), copy.deepcopy(run.average).eval()
-        for video in label_whole(network, validation, device):
+        ema, steps = train_for(minutes, NETWORKS[name]().to(device), loader, device, look)
+        figures = validate(ema, load(validation, 2 * batch_size, False), processes)
+        tally = Tally()
+        for video in label_whole(ema.eval(), validation, device):
             tally.add(*video)
         tracked = tally.figures()
-        rows.append({"network": name, "minutes": minutes, "steps": run.step, **figures})
+        rows.append({"network": name, "minutes": minutes, "steps": steps, **figures})
         rows[-1] |= {f"tracked_{key}": tracked[key] for key in ("miou", "video_miou")}
-        rows[-1]["frames"] = run.step * min(batch_size, len(training))
+        rows[-1]["frames"] = steps * min(batch_size, len(training))
         rows[-1]["curve"] = curve
         rows[-1]["minutes_until_seen"] = next((t for t, iou in curve if iou >= SEEN), None)
-        print(f"{name}: mIoU {figures['miou']:.3f} after {run.step} steps", flush=True)
+        print(f"{name}: mIoU {figures['miou']:.3f} after {steps} steps", flush=True)
     return rows

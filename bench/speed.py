@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import cycle, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from classes import FRAME_SIZE
 from dataset import CLEVRDataset, split_videos
 from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
-from optim import MuonAdamW, learning_rate_at
+from optim import MuonAdamW, update_ema
 from outputs import Outputs, provenance
+from runs import Keeper, Run
 from videos import Video, read_video
 
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
@@ -39,7 +40,6 @@ SCRIPT_SECONDS = 10.0  # of one turn of a script, so that its start-up does not 
 MAX_VIDEOS = 1000  # of one turn of infer.py, however fast the network is
 VIDEOS_IN_MEMORY = 8  # whose frames are kept in memory
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-LEARNING_RATE = 4e-3  # the default of train.py
 
 Times = dict[Any, list[float]]  # seconds of each turn
 
@@ -221,38 +221,40 @@ def train_loader(
     return DataLoader(dataset, batch_sampler=batches, pin_memory=device.type not in ("cpu", "mps"))
 
 
-def schedule(total_steps: float) -> Callable[[int], float]:
-    """Return train.py's learning rate by the step, of a run of `total_steps`."""
-    return lambda step: learning_rate_at(step / total_steps, LEARNING_RATE)
-
-
 def measure_train(
     model: UNet, data: Path, batch_size: int, repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return the rates of train.py, of its step on one batch in memory, and of its data."""
     utils.seed_everything(0, deterministic=device.type == "cpu")  # as train.py does
+    processes = devices.Processes(device)
     training = CLEVRDataset(split_videos(data, 0)[0])
-    batches = ShardedBatches(len(training), batch_size, devices.Processes(device), True)
+    batches = ShardedBatches(len(training), batch_size, processes, True)
     batch = [part.to(device) for part in next(iter(train_loader(training, batches, device)))]
     crops = augment(*batch)
-    model = model.to(device)
-    run, rate_at = train.Run.start(model), schedule(10**6)  # so long a run hardly learns
+    # So long a run, at so low a rate, hardly learns.
+    run = Run.open(model.to(device), processes, batch_size, num_epochs=10**6, learning_rate=1e-6)
 
-    def bare(number: int) -> None:
-        in_memory = repeat(batch, number)
-        train.train_one_epoch(run, model, in_memory, rate_at, device, lambda *_: crops)
+    def step() -> None:
+        with devices.mixed_precision(device):
+            loss = run.model(*crops)
+        loss.backward()
+        run.optimizer.step(1e-6)
+        update_ema(run.ema, run.model, run.step)
 
-    number = 3 * calls_for(SCRIPT_SECONDS, lambda: bare(3), device)
+    run.model.train()
+    number = calls_for(SCRIPT_SECONDS, step, device)
     loader = train_loader(training, list(islice(cycle(batches), number)), device)
 
     def read() -> None:
         for images, masks in loader:
             augment(images.to(device), masks.to(device))
 
-    calls = {
-        "train.py": lambda: train.train_one_epoch(run, model, loader, rate_at, device),
-        "the step alone": lambda: bare(number),
-        "reading and augmenting alone": read,
-    }
-    times = take_turns(calls, dict.fromkeys(calls, 1), repeats, device)
+    with tempfile.TemporaryDirectory() as folder:
+        keeper = Keeper(run, Path(folder))
+        calls = {
+            "train.py": lambda: train.train_one_epoch(run, run.model, loader, keeper),
+            "the step alone": lambda: deque((step() for _ in range(number)), maxlen=0),
+            "reading and augmenting alone": read,
+        }
+        times = take_turns(calls, dict.fromkeys(calls, 1), repeats, device)
     return rates(times, dict.fromkeys(calls, number * len(batch[0])))

@@ -10,7 +10,6 @@ from conftest import write_video
 from torch import nn
 
 import benchmark
-import train
 from bench import peers, speed
 from model import UNet
 from render import render_video
@@ -102,14 +101,6 @@ def test_a_peer_that_is_not_installed_is_left_out_in_a_line(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     assert benchmark.installed(["ours", "smp-unet-resnet34"]) == ["ours"]
     assert capsys.readouterr().out.startswith("smp-unet-resnet34 is left out")
-
-
-def test_constants_are_the_defaults_of_the_scripts(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = train.parse_args()
-    assert args.batch_size == benchmark.TRAIN_BATCH
-    assert args.learning_rate is None
-    assert train.RATES[0] == speed.LEARNING_RATE
 
 
 @pytest.mark.usefixtures("tiny")

@@ -80,10 +80,10 @@ def test_the_state_of_a_version_that_did_not_fuse_loads():
 
 
 def test_weights_are_pulled_to_where_they_began_also_after_going_on():
-    """Without a gradient a step at rate 0.01 and pull 30 goes back 0.3 of the way."""
+    """Without a gradient a step at rate 0.01 and an L2-SP of 30 goes back 0.3 of the way."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 2))
-    optimizer = optim.MuonAdamW(model, pull=30)
+    optimizer = optim.MuonAdamW(model, l2_sp=30)
     state = copy.deepcopy(optimizer.state_dict())
     start = [weight.detach().clone() for weight in model.parameters()]
 
@@ -98,7 +98,7 @@ def test_weights_are_pulled_to_where_they_began_also_after_going_on():
     assert off(optimizer) == pytest.approx([0.7] * 4, abs=1e-3)
     for weight in model.parameters():
         weight.data.zero_()
-    resumed = optim.MuonAdamW(model, pull=30)
+    resumed = optim.MuonAdamW(model, l2_sp=30)
     resumed.load_state_dict(state)
     assert off(resumed) == pytest.approx([0.7] * 4, abs=1e-3)
     state.pop("start")  # of a version without
@@ -117,7 +117,7 @@ def test_settled_statistics_are_those_of_what_is_shown():
     hook = model.encoder[0][0].conv1.register_forward_hook(lambda *parts: seen.append(parts[2]))
     batches = [torch.rand(3, 3, 16, 16) for _ in range(2)]
     device = torch.device("cpu")
-    optim.settle_statistics(model, batches, device, Processes(device))
+    optim.update_bn(batches, model, Processes(device))
     hook.remove()
     norm = model.encoder[0][0].norm1
     expected = torch.stack([x.float().mean(dim=(0, 2, 3)) for x in seen]).mean(0)
@@ -136,11 +136,11 @@ def test_the_learning_rate_grows_with_large_batches_to_twice():
 
 
 def test_the_mean_of_the_weights_is_young_at_first_and_counts_are_copied():
-    model, average = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+    model, ema = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
     model.weight.data.fill_(2.0)
     model.num_batches_tracked += 7
-    optim.update_average(average, model, step=0)  # decay 1 / 10
-    assert average.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
-    assert average.num_batches_tracked == 7
-    optim.update_average(average, model, step=10**6)  # decay 0.995
-    assert average.weight.item() == pytest.approx(0.995 * 1.9 + 0.005 * 2)
+    optim.update_ema(ema, model, step=0)  # decay 1 / 10
+    assert ema.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+    assert ema.num_batches_tracked == 7
+    optim.update_ema(ema, model, step=10**6)  # decay 0.995
+    assert ema.weight.item() == pytest.approx(0.995 * 1.9 + 0.005 * 2)

@@ -14,8 +14,8 @@ import batches
 import train
 
 HEADER = """
-import json, os, sys, torch
-import augment, batches, devices, model, optim, pretend, train, utils
+import json, os, pathlib, sys, torch
+import augment, batches, devices, model, optim, pretend, runs, train, utils
 from collections import Counter
 
 CPU, DEVICE = torch.device("cpu"), torch.device("pretend", 0)
@@ -33,14 +33,16 @@ def batch():
 
 def start(device, **config):
     torch.manual_seed(0)
-    return train.Run.start(train.build_model(None, config.get("widths"), device))
+    network = model.UNet(**config).to(device, memory_format=torch.channels_last)
+    return runs.Run.open(network, devices.Processes(device), num_epochs=10**6)
 
 def step(run, device):
     torch.manual_seed(1)
-    return train.train_one_epoch(run, run.model, [batch()], lambda step: 1e-3, device)
+    keeper = runs.Keeper(run, pathlib.Path("nowhere"))
+    return train.train_one_epoch(run, run.model, [batch()], keeper)
 
 def validate(run, device, batches=1):
-    return train.validate(run.average, [batch()] * batches, device, devices.Processes(device))
+    return train.validate(run.ema, [batch()] * batches, devices.Processes(device))
 """
 
 
@@ -61,7 +63,7 @@ for device in (CPU, DEVICE):
     crops, masks = augment.augment(*(x.to(device) for x in batch()))
     losses = [step(run, device)["train_loss"] for _ in range(3)]
     figures = validate(run, device)
-    state = {name: value.cpu() for name, value in run.average.state_dict().items()}
+    state = {name: value.cpu() for name, value in run.ema.state_dict().items()}
     found[device.type] = (crops.cpu(), masks.cpu(), losses, figures, state)
 (crops, masks, losses, figures, state), theirs = found["cpu"], found["pretend"]
 print(json.dumps({

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader
 import evaluate
 import infer
 import log
-import runs
 import train
 from augment import augment
 from batches import ShardedBatches
@@ -32,10 +32,10 @@ from classes import CLASS_NAMES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes
 from model import UNet
-from optim import learning_rate_at, settle_statistics
+from optim import update_bn
 from page.pictures import draw_labels
 from render import render_video
-from runs import LAST, Keeper, Run
+from runs import BEST, LAST, Keeper, Run
 
 HEIGHT, WIDTH = 64, 96
 TINY = ["--widths", "8", "16", "24", "--batch-size", "4", "--device", "cpu"]
@@ -155,16 +155,16 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     finished, videos, tmp_path, monkeypatch, call, number, step
 ):
     """Of 6 epochs of 4 passes of 6 steps: in the second pass of the second, and at its end."""
-    attend = Keeper.attend
+    check = Keeper.check
 
     def stopping(keeper: Keeper) -> None:
         if keeper.run.step == step:
             os.kill(os.getpid(), number)
-        attend(keeper)
+        check(keeper)
 
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "attend", stopping)
+        patch.setattr(Keeper, "check", stopping)
         status, _, said = call(train, *command)
     assert status == 128 + number
     line = said.splitlines()[-1]
@@ -180,16 +180,16 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(
 STOP = """
 import os, signal, sys, runs, train
 number, step, rank = map(int, sys.argv.pop(1).split(","))
-attend = train.Keeper.attend
+check = train.Keeper.check
 if number == signal.SIGKILL:
     runs.SAVE_EVERY = 0  # after every step
 
 def stopping(keeper):
     if keeper.run.step == step and keeper.processes.rank == rank:
         os.kill(os.getpid(), number)
-    attend(keeper)
+    check(keeper)
 
-train.Keeper.attend = stopping
+train.Keeper.check = stopping
 train.run_script(train.main)
 """
 
@@ -228,7 +228,7 @@ def test_processes_stop_after_the_same_step_and_other_numbers_go_on(videos, tmp_
 
 ALONE = """
 import os, signal, sys, train, utils
-train.Keeper.attend = lambda keeper: (
+train.Keeper.check = lambda keeper: (
     end() if keeper.run.step == 147 and keeper.processes.rank == 1 else None
 )
 
@@ -313,22 +313,25 @@ def test_init_starts_from_the_given_weights(finished, videos, tmp_path, call):
     ],
 )
 def test_what_training_starts_from(arguments, starts_from, rate, epochs, monkeypatch):
-    read = []
+    read, alone = [], Processes(torch.device("cpu"))
     monkeypatch.setattr(train.UNet, "load", lambda file: read.append(file) or UNet([8, 16]))
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     args = train.parse_args()
-    init = train.load_init(args.init, args.data, args.widths, first=True)
-    assert (init and init[1], args.num_epochs) == (starts_from, epochs)
-    assert read == [starts_from] * bool(init), "it is read once"
-    assert (args.learning_rate or train.RATES[bool(init)]) == rate
+    _, file = train.build_model(args.init, args.data, args.widths, alone)
+    assert (file, args.num_epochs) == (starts_from, epochs)
+    assert read == [starts_from] * bool(starts_from), "it is read once"
+    assert (args.learning_rate or train.RATES[bool(file)]) == rate
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_scripts_without_their_weights_start_from_nothing_and_say_so_once(
     first, monkeypatch, capsys
 ):
-    monkeypatch.setattr(runs, "SHIPPED", Path("gone.pt"))
-    assert train.load_init(None, Path("d"), None, first) is None
+    monkeypatch.setattr(train, "SHIPPED", Path("gone.pt"))
+    processes = Processes(torch.device("cpu"))
+    processes.rank = 0 if first else 1
+    model, file = train.build_model(None, Path("d"), None, processes)
+    assert (model.config, file) == (UNet().config, None)
     said = "the shipped weights are left out: no checkpoint at gone.pt"
     assert (said in capsys.readouterr().err) == first
 
@@ -347,20 +350,19 @@ def test_few_videos_start_from_the_shipped_weights_in_several_passes(videos, tmp
 def test_thirty_steps_from_nothing_validate_like_their_own_weights(videos):
     """Of the average as of the weights of the last step with their own statistics."""
     torch.manual_seed(0)
-    device, processes = torch.device("cpu"), Processes(torch.device("cpu"))
+    processes = Processes(torch.device("cpu"))
     data = CLEVRDataset(videos)
     batches = ShardedBatches(len(data), 8, processes, shuffle=True, passes=8)
-    loader, current = DataLoader(data, batch_sampler=batches), Run.start(UNet([8, 16, 24]))
-    batches.done = 2  # of 32
-    train.train_one_epoch(
-        current, current.model, loader, lambda step: learning_rate_at(step / 30, 4e-3), device
-    )
+    loader = DataLoader(data, batch_sampler=batches)
+    current = Run.open(UNet([8, 16, 24]), processes, num_epochs=30, learning_rate=4e-3)
+    batches.set_epoch(0, skip=2)  # of 32
+    train.train_one_epoch(current, current.model, loader, Keeper(current, videos))
     losses = []
-    for network in (current.average, current.model):
-        batches.done = 22
+    for network in (current.ema, current.model):
+        batches.set_epoch(0, skip=22)
         crops = (augment(images, masks)[0] for images, masks in loader)
-        settle_statistics(network, crops, device, processes)
-        losses.append(train.validate(network, loader, device, processes)["val_loss"])
+        update_bn(crops, network, processes)
+        losses.append(train.validate(network, loader, processes)["val_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -397,7 +399,7 @@ def validate(checkpoint: Path, videos: Path) -> dict:
     data, processes = CLEVRDataset(videos), Processes(torch.device("cpu"))
     batches = ShardedBatches(len(data), 31, processes, shuffle=False)
     loader = DataLoader(data, batch_sampler=batches)
-    return train.validate(UNet.load(checkpoint), loader, processes.device, processes)
+    return train.validate(UNet.load(checkpoint), loader, processes)
 
 
 def test_processes_validate_to_the_last_count_like_one(finished, videos, tmp_path):
@@ -487,3 +489,28 @@ def test_videos_without_an_object_can_be_validated_on(videos, tmp_path, call):
         assert "weighted IoU 0.000" in said
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [(row["epoch"], row["weighted_iou"]) for row in rows] == [("1", ""), ("2", "")]
+
+
+def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
+    out, data = tmp_path / "my runs", Path("my videos")
+    network = {"model": {"w": torch.ones(1)}, "model_config": {}}
+    save_checkpoint(out / BEST, network | {"epoch": 3, "weighted_iou": 0.8125})
+    said = train.last_words(out, data).splitlines()
+    assert said[0] == f"best weighted IoU: 0.812, after epoch 3, in {out / BEST}"
+    assert shlex.split(said[1])[-3:] == ["tensorboard", "--logdir", str(out / "tensorboard")]
+    typed = shlex.split(said[-1].partition(": ")[2])
+    assert typed[:2] == ["python", "somewhere/infer.py"]
+    assert typed[2:] == ["--ckpt", str(out / BEST), "--out", "masks", "--data", "my videos"]
+    (out / BEST).unlink()
+    assert train.last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
+
+
+def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
+    figures = {"foreground_iou": 0.0, "pixels": {"background": 9, CLASS_NAMES[3]: 1}}
+    told = [step for step in range(20, 400, 20) if train.blind_warning(figures, step, 20, 400)]
+    assert told == [100]
+    assert [step for step in (20, 40, 60) if train.blind_warning(figures, step, 20, 60)] == [60]
+    assert not train.blind_warning(figures | {"foreground_iou": 0.01}, 100, 20, 400)
+    figures["pixels"][CLASS_NAMES[3]] = 0
+    assert not train.blind_warning(figures, 100, 20, 400)

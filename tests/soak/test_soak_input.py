@@ -32,6 +32,7 @@ import preview
 import train
 from checkpoints import digest, load_checkpoint
 from dataset import CLEVRDataset
+from devices import Processes
 from log import Log
 from model import UNet
 from outputs import Outputs, read_confidence
@@ -109,12 +110,16 @@ def ends(result: tuple[int, str, str], *statuses: int) -> str:
     return out + err
 
 
+def start_run() -> Run:
+    return Run.open(UNet(widths=(4, 8)), Processes(torch.device("cpu")))
+
+
 def save_network(folder: Path, **facts: object) -> Path:
     """Write the last checkpoint of a run that has not begun."""
     torch.manual_seed(0)
-    run = Run.start(UNet(widths=(4, 8)))
+    run = start_run()
     run.facts = {"frame_size": list(SIZE), **facts}
-    run.save_last(folder, 4)
+    run.save_last(folder)
     return folder / LAST
 
 
@@ -317,7 +322,7 @@ def test_checkpoints(tmp_path, examples, caplog, try_each):
         counts[way, "sentence" if said else "loaded"] += 1
         assert way != "code" or said
         assert way != "bytes" or said or loaded["digest"] == whole["digest"]
-        _, never = sentence(lambda: Run.start(UNet(widths=(4, 8))).resume(resumed, 4), resumed)
+        _, never = sentence(lambda: start_run().restore(resumed), resumed)
         if watch.count % SCRIPTS == 0:
             out = ("--out", tmp_path / "masks")
             ends(call(infer, "--ckpt", init, *out, *machine), 2 if said else 0)
