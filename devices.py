@@ -74,22 +74,6 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def same_kernels(network: torch.nn.Module, device: torch.device) -> None:
-    """Let a batch's size and the number of threads not choose the kernels of a network on a CPU.
-
-    What is computed in float32 would else be rounded otherwise: PyTorch takes its own kernel, not
-    oneDNN's, for a 1x1 convolution of fewer than 16 frames by one thread, and for any of a small
-    frame that comes alone (ConvParams::use_mkldnn in ATen's Convolution.cpp). The former it does
-    not do where there is dilation, which means nothing to a single weight. The latter is avoided
-    by whoever calls the network.
-    """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1):
-            layer.dilation = (2, 2)
-
-
 def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
     """Compile a network in place; where that fails, say why in a line and leave it as it is.
 
@@ -98,19 +82,19 @@ def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
         frames: A batch as it will come; other sizes are compiled when they come.
     """
     trial = copy.deepcopy(model)  # its batch statistics change
-    trial.stages = torch.compile(trial.stages)
+    trial.answers = torch.compile(trial.answers)
     try:
         with mixed_precision(frames.device), torch.inference_mode(not model.training):
-            stages = trial.stages(frames)
+            answers = trial.answers(frames)
         if model.training:
-            sum(part.float().mean() for stage in stages for part in stage).backward()
+            sum(part.float().mean() for answer in answers for part in answer).backward()
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no Triton, a bug in one of them
         reason = next(iter(str(error).split("\n")), "").strip()[:160] or type(error).__name__
         print(f"--compile is left out, the network stays as it is: {reason}", file=sys.stderr)
     else:
-        model.stages = torch.compile(model.stages)
+        model.answers = torch.compile(model.answers)
 
 
 def usable_cpus() -> int:

@@ -105,12 +105,11 @@ class Labeller:
         looks = self.scale.looks(*size)
         frames = frames.to(self.device, non_blocking=True)  # bytes
         with mixed_precision(self.device):
-            stages = self.model.stages(resize(frames, looks.coarse))
-            found = [*self.model.evidence(stages)]
+            answers = self.model.answers(resize(frames, looks.coarse))
+            found = [*self.model.evidence(answers)]
             if looks.coarse != size:
-                thing = stages[-1].thing
-                fine = looks.fine and self.model.stages(resize(frames, looks.fine))[-1].thing
-                found.append(outline(thing, fine, size))
+                fine = looks.fine and self.model.answers(resize(frames, looks.fine))[-1].objectness
+                found.append(outline(answers[-1].objectness, fine, size))
         found = [part.to("cpu", non_blocking=True) for part in found]
         if self.device.type != "cpu":  # this thread waits, while others launch
             arrived = torch.Event(self.device)

@@ -20,27 +20,27 @@ from classes import FACTOR_SIZES, NUM_CLASSES, factors
 BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
 COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
 
-Stages = Sequence[tuple[Tensor, Tensor]]  # model.Stage, coarsest first: thing and kind
+Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 
 
-def loss(stages: Stages, mask: Tensor, one_hot: Tensor) -> Tensor:
-    """Return the loss (a scalar) of what `stages` says of frames.
+def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
+    """Return the loss (a scalar) of what `answers` says of frames.
 
     Args:
-        stages: The logits (B, 1, h, w) of `thing` and (B, 13, h, w) of `kind`.
+        answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes.
         mask: Ids (B, H, W), any integer type.
         one_hot: `one_hot_factors()` on the same device.
     """
-    thing, kind, objects = _sums(stages, mask, one_hot)
-    kind = kind.sum(dim=1) / objects.sum(dim=1).clamp(min=1)  # (stages,), 0 without objects
-    each = BACKGROUND_WEIGHT * thing.mean(dim=1) + kind
+    objectness, attributes, objects = _sums(answers, mask, one_hot)
+    attributes = attributes.sum(dim=1) / objects.sum(dim=1).clamp(min=1)  # 0 without objects
+    each = BACKGROUND_WEIGHT * objectness.mean(dim=1) + attributes  # (answers,)
     return COARSE_WEIGHT * each[:-1].sum() + each[-1]
 
 
-def frame_losses(stages: Stages, mask: Tensor, one_hot: Tensor) -> Tensor:
+def frame_losses(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss of each frame by itself, (B,); arguments as of `loss`."""
-    thing, kind, objects = _sums(stages, mask, one_hot)
-    each = BACKGROUND_WEIGHT * thing + kind / objects.clamp(min=1)  # (stages, B)
+    objectness, attributes, objects = _sums(answers, mask, one_hot)
+    each = BACKGROUND_WEIGHT * objectness + attributes / objects.clamp(min=1)  # (answers, B)
     return COARSE_WEIGHT * each[:-1].sum(dim=0) + each[-1]
 
 
@@ -53,31 +53,34 @@ def one_hot_factors() -> Tensor:
     return table
 
 
-def _sums(stages: Stages, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what both losses are made of, for each stage and frame, (stages, B) each.
+def _sums(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what both losses are made of, for each answer and frame, (answers, B) each.
 
-    They are the mean cross entropy of `thing`, the sum of those of `kind` over object pixels, and
-    the number of these. The cells of all stages go through in one row: few, large operations.
+    They are the mean cross entropy of objectness, the sum of that of the attributes over object
+    pixels, and the number of these. The cells of all answers go through in one row: few, large
+    operations.
     """
-    masks = [*(middle_ids(mask, thing) for thing, _ in stages[:-1]), mask]
-    thing = _in_a_row([thing[:, 0] for thing, _ in stages], dim=1).float()  # (B, all cells)
-    inside = _in_a_row(masks, dim=1) > 0
-    thing = F.softplus(torch.where(inside, -thing, thing))  # binary cross entropy with logits
+    masks = [*(middle_ids(mask, objectness) for objectness, _ in answers[:-1]), mask]
+    logits = _in_a_row([objectness[:, 0] for objectness, _ in answers], dim=1).float()
+    inside = _in_a_row(masks, dim=1) > 0  # (B, all cells)
+    # Binary cross entropy with logits.
+    objectness = F.softplus(torch.where(inside, -logits, logits))
 
-    kinds = [kind for _, kind in stages]
-    counts = _count_factors(masks, kinds, one_hot)  # (B, 13, all cells of kind)
-    logits = _in_a_row(kinds, dim=2).float().split(FACTOR_SIZES, dim=1)
+    cells = [attributes for _, attributes in answers]
+    counts = _count_factors(masks, cells, one_hot)  # (B, 13, all cells of attributes)
+    logits = _in_a_row(cells, dim=2).float().split(FACTOR_SIZES, dim=1)
     # All pixels of a cell share its logits: its cross entropy is the log-probability of each
     # factor times the number of its pixels that have it.
     log_likelihood = torch.cat([F.log_softmax(factor, dim=1) for factor in logits], dim=1)
-    kind = -(log_likelihood * counts).sum(dim=1)
+    attributes = -(log_likelihood * counts).sum(dim=1)
     objects = counts[:, : FACTOR_SIZES[0]].sum(dim=1)
 
-    cells, things = [[x[0, 0].numel() for x in xs] for xs in (kinds, [t for t, _ in stages])]
+    # Back from the row to the answers.
+    sizes = [[part[0, 0].numel() for part in parts] for parts in zip(*answers, strict=True)]
     return (
-        torch.stack([part.mean(dim=1) for part in thing.split(things, dim=1)]),
-        torch.stack([part.sum(dim=1) for part in kind.split(cells, dim=1)]),
-        torch.stack([part.sum(dim=1) for part in objects.split(cells, dim=1)]),
+        torch.stack([part.mean(dim=1) for part in objectness.split(sizes[0], dim=1)]),
+        torch.stack([part.sum(dim=1) for part in attributes.split(sizes[1], dim=1)]),
+        torch.stack([part.sum(dim=1) for part in objects.split(sizes[1], dim=1)]),
     )
 
 
@@ -86,18 +89,19 @@ def _in_a_row(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat([part.flatten(-2) for part in parts], dim)
 
 
-def _count_factors(masks: list[Tensor], kinds: list[Tensor], one_hot: Tensor) -> Tensor:
+def _count_factors(masks: list[Tensor], cells: list[Tensor], one_hot: Tensor) -> Tensor:
     """Return how many pixels of each cell have which shape, material and colour, (B, 13, cells)."""
-    widths = [cell_width(kind, mask) for kind, mask in zip(kinds, masks, strict=True)]
+    widths = [cell_width(c, mask) for c, mask in zip(cells, masks, strict=True)]
     rows = []
-    for mask, kind, width in zip(masks, kinds, widths, strict=True):
-        batch, (rows_of_cells, columns) = len(mask), kind.shape[-2:]
-        below, right = rows_of_cells * width - mask.shape[1], columns * width - mask.shape[2]
-        mask = F.pad(mask, (0, right, 0, below)) if below or right else mask  # with background
-        ids = mask.reshape(batch, rows_of_cells, width, columns, width).transpose(2, 3)
-        ids = ids.reshape(batch, rows_of_cells * columns, width**2)
+    for mask, c, width in zip(masks, cells, widths, strict=True):
+        # The ids of the pixels of each cell, (B, cells, width^2), background beyond the frame.
+        batch, (height, columns) = len(mask), c.shape[-2:]
+        below, right = height * width - mask.shape[1], columns * width - mask.shape[2]
+        mask = F.pad(mask, (0, right, 0, below)) if below or right else mask
+        ids = mask.reshape(batch, height, width, columns, width).transpose(2, 3)
+        ids = ids.reshape(batch, height * columns, width**2)
         rows.append(F.pad(ids, (0, max(widths) ** 2 - width**2)))
-    ids = torch.cat(rows, dim=1)  # (B, cells, pixels of a cell)
+    ids = torch.cat(rows, dim=1)
     counts = F.embedding_bag(ids.flatten(0, 1).int(), one_hot, mode="sum")  # background is none
     return counts.view(*ids.shape[:2], -1).mT.contiguous()
 

@@ -61,7 +61,7 @@ def update_bn(batches: Iterable[Tensor], model: nn.Module, processes: Processes)
     model.train()
     for crops in batches:
         with mixed_precision(processes.device):
-            model.stages(crops)
+            model.answers(crops)
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             processes.add_up(statistic)

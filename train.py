@@ -296,10 +296,10 @@ def validate(
     for images, masks in tqdm(loader, "validating", leave=False, disable=None, unit="batch"):
         images, masks = (part.to(device, non_blocking=True) for part in (images, masks))
         with mixed_precision(device):
-            stages = model.stages(images)
+            answers = model.answers(images)
         # A loss for each frame by itself, so that the mean does not depend on the batches.
-        losses.append(model.frame_losses(stages, masks))
-        confusion += confusion_matrix(masks, model.labels(stages))
+        losses.append(model.frame_losses(answers, masks))
+        confusion += confusion_matrix(masks, model.labels(answers))
         if keeper:
             keeper.check_validation()
     losses = torch.cat(losses).cpu().double()

@@ -91,16 +91,16 @@ def render_videos(folder: Path) -> None:
 
 def in_float32(model: UNet, device: torch.device) -> None:
     """Let a network compute in float32, whatever the precision of what uses it."""
-    stages = model.stages
+    answers = model.answers
 
     def exact(frames: Tensor) -> Any:
         on_cuda = device.type == "cuda"  # whose convolutions are of TF32 by default
         flags = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         exactly = flags if on_cuda else contextlib.nullcontext()
         with exactly, torch.autocast(device.type, enabled=False):
-            return stages(frames)
+            return answers(frames)
 
-    model.stages = exact
+    model.answers = exact
 
 
 def labels_of(case: Case, device: torch.device, full: bool, followed: bool) -> Tensor:

@@ -83,10 +83,10 @@ class Peer(nn.Module):
 
     def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return logits (B, 49, H, W) of frames uint8 or float [0, 1], or the loss of a mask."""
-        logits = self.stages(frames)
+        logits = self.answers(frames)
         return logits if mask is None else F.cross_entropy(logits.float(), mask.long())
 
-    def stages(self, frames: Tensor) -> Tensor:
+    def answers(self, frames: Tensor) -> Tensor:
         """Return logits (B, 49, H, W): these networks answer once."""
         height, width = frames.shape[-2:]
         x = frames if frames.is_floating_point() else frames / 255
@@ -117,7 +117,7 @@ class Peer(nn.Module):
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:
         """Return labels (B, H, W) uint8 of frames."""
-        return self.labels(self.stages(frames))
+        return self.labels(self.answers(frames))
 
     def fuse(self) -> "Peer":
         """Fold the batch normalisation into the convolutions, as `UNet.fuse` does."""

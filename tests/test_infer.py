@@ -99,7 +99,7 @@ def assert_labels_of(mask, video, network, consistency=True):
         expected = network.predict(frames)
     if consistency:
         with mixed_precision(frames.device), torch.inference_mode():
-            objects, kind = network.evidence(network.stages(frames))
+            objects, kind = network.evidence(network.answers(frames))
         assert (objects == (expected > 0)).double().mean() > 0.97
         expected = follow(objects, gather(objects, kind)).labels
     expected = expected.numpy()

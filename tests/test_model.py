@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor_config
 
 import model as model_module
-from checkpoints import save_checkpoint
+from checkpoints import SHIPPED, save_checkpoint
 from classes import NUM_CLASSES, class_id
 from devices import compile_network
 from loss import cell_width, middle_ids
-from model import DELETED_SWITCHES, Stage, UNet
+from model import Answer, UNet
 from utils import UserError
 
 CONFIGS = {
@@ -59,21 +59,22 @@ def test_predict_is_the_argmax_over_the_logits(name):
 def test_factored_logits_by_hand():
     model = network()
     outputs = torch.zeros(1, 14, 1, 3)
-    thing, shape, material, colour = 0, slice(1, 4), slice(4, 6), slice(6, 14)
-    outputs[0, thing, 0] = torch.tensor([2.0, -3.0, 0.5])
+    objectness, shape, material, colour = 0, slice(1, 4), slice(4, 6), slice(6, 14)
+    outputs[0, objectness, 0] = torch.tensor([2.0, -3.0, 0.5])
     outputs[0, shape, 0, 0] = torch.tensor([1.0, 5.0, 2.0])  # sphere
     outputs[0, material, 0, 0] = torch.tensor([0.0, 0.5])  # rubber
     outputs[0, colour, 0, 0] = torch.tensor([0.0, 0, 0, 0, 3, 0, 0, 1])  # brown
-    stage = Stage(outputs[:, :1], outputs[:, 1:])
-    twice = Stage(*(part.repeat_interleave(2, 2).repeat_interleave(2, 3) for part in stage))
-    model.stages = lambda frames: [twice._replace(kind=stage.kind)]  # cells of 2 x 2 pixels
+    answer = Answer(outputs[:, :1], outputs[:, 1:])
+    twice = Answer(*(part.repeat_interleave(2, 2).repeat_interleave(2, 3) for part in answer))
+    twice = twice._replace(attributes=answer.attributes)  # of cells of 2 x 2 pixels
+    model.answers = lambda frames: [twice]
     logits = model(torch.zeros(1, 3, 2, 6))[0, :, 1, ::2]
     assert logits[0].tolist() == [0, 0, 0]  # background
     assert logits[class_id("sphere", "rubber", "brown"), 0] == 2.0
     assert logits[class_id("cylinder", "rubber", "brown"), 0] == 2.0 - 3.0
     assert logits[class_id("cube", "metal", "yellow"), 0] == 2.0 - 4.0 - 0.5 - 2.0
     brown = class_id("sphere", "rubber", "brown")
-    assert model.labels(model.stages(None))[0, 1].tolist() == [brown, brown, 0, 0, 1, 1]
+    assert model.labels(model.answers(None))[0, 1].tolist() == [brown, brown, 0, 0, 1, 1]
 
 
 def test_bytes_and_floats_are_the_same_frame():
@@ -106,17 +107,6 @@ def test_cells_are_a_power_of_two_wide(width, cells, pixels):
     assert cell_width(torch.zeros(1, 1, 1, cells), torch.zeros(1, 1, width)) == pixels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_quicker_on_a_cpu_is_what_torch_does(dtype):
-    x = torch.rand(2, 4, 6, 10).to(dtype)
-    assert torch.equal(model_module._unshuffle(x), F.pixel_unshuffle(x, 2))
-    assert model_module._unshuffle(x).is_contiguous(memory_format=torch.channels_last)
-    cells, last = torch.rand(2, 1, 6, 10).to(dtype), torch.channels_last
-    with torch.no_grad():
-        found = model_module._to_pixels(x.contiguous(memory_format=last), cells)
-    assert torch.equal(found, F.pixel_shuffle(x + cells, 2))
-
-
 @pytest.mark.parametrize("size", [(2, 2), (4, 20), (16, 6)])
 def test_the_mean_around_a_cell_is_over_those_in_the_frame(size):
     grey = torch.rand(2, 1, *size)
@@ -134,7 +124,7 @@ def test_compiling_changes_nothing(monkeypatch, training):
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: compile_with(call, backend="eager"))
     compile_network(model, frames)
-    assert "stages" in vars(model)
+    assert "answers" in vars(model)
     assert torch.equal(model.eval().predict(frames), expected)
 
 
@@ -145,8 +135,8 @@ def test_without_a_compiler_the_network_stays_as_it_is(capsys, training):
     frames = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     compile_network(model, frames)
     assert capsys.readouterr().err.splitlines()[-1].startswith("--compile is left out")
-    assert len(model.stages(frames)) == 2
-    assert "stages" not in vars(model)
+    assert len(model.answers(frames)) == 2
+    assert "answers" not in vars(model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -169,21 +159,9 @@ def test_loading_is_one_line_and_labelling_another(tmp_path):
     assert torch.equal(loaded.predict(frames), model.predict(frames))
 
 
-def test_checkpoints_of_before_with_default_switches_load(tmp_path):
-    model = network()
-    switches = DELETED_SWITCHES | {"blocks": [1, 1, 1]} | model.config
-    save_checkpoint(tmp_path / "net.pt", {"model": model.state_dict(), "model_config": switches})
-    frames = torch.rand(1, 3, 32, 32)
-    assert torch.equal(UNet.load(tmp_path / "net.pt").predict(frames), model.predict(frames))
-
-
 @pytest.mark.parametrize(
     ("change", "needle"),
     [
-        ({"factored": False}, "factored"),
-        ({"light": False}, "light"),
-        ({"stem_stride": 1}, "stem_stride"),
-        ({"blocks": [2, 1, 1]}, "blocks"),
         ({"depth": 3}, "depth"),
         ({"widths": [8, 12]}, "do not fit"),
         ({"widths": "wide"}, "do not fit"),
@@ -191,7 +169,7 @@ def test_checkpoints_of_before_with_default_switches_load(tmp_path):
 )
 def test_checkpoints_of_other_networks_get_a_sentence(tmp_path, change, needle):
     model = network()
-    config = DELETED_SWITCHES | model.config | change
+    config = model.config | change
     save_checkpoint(tmp_path / "net.pt", {"model": model.state_dict(), "model_config": config})
     with pytest.raises(UserError, match=needle) as error:
         UNet.load(tmp_path / "net.pt")
@@ -200,8 +178,8 @@ def test_checkpoints_of_other_networks_get_a_sentence(tmp_path, change, needle):
 
 def test_every_weight_learns():
     model = network().train()
-    stages = model.stages(torch.rand(2, 3, 64, 64))
-    sum(part.square().mean() for stage in stages for part in stage).backward()
+    answers = model.answers(torch.rand(2, 3, 64, 64))
+    sum(part.square().mean() for answer in answers for part in answer).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
 
@@ -215,13 +193,13 @@ def test_loss_by_hand():
     logits[0, 5, 0, 0] = np.log(4)  # p(rubber) = 4 / 5
     logits[0, 6, 0, 0] = np.log(9)  # p(brown) = 1 / 16, gray being 9 times as likely
     expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
-    loss = network().loss([Stage(logits[:, :1], logits[:, 1:])], mask)
+    loss = network().loss([Answer(logits[:, :1], logits[:, 1:])], mask)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_loss_of_a_frame_without_objects_is_finite():
-    coarse = Stage(torch.zeros(2, 1, 8, 8), torch.zeros(2, 13, 8, 8))
-    fine = Stage(torch.zeros(2, 1, 16, 16, requires_grad=True), torch.zeros(2, 13, 8, 8))
+    coarse = Answer(torch.zeros(2, 1, 8, 8), torch.zeros(2, 13, 8, 8))
+    fine = Answer(torch.zeros(2, 1, 16, 16, requires_grad=True), torch.zeros(2, 13, 8, 8))
     loss = network().loss([coarse, fine], torch.zeros(2, 16, 16, dtype=torch.int64))
     loss.backward()
     assert loss.isfinite()
@@ -233,9 +211,9 @@ def test_loss_of_frames_of_any_size(size):
     model = UNet(widths=(4, 8, 12))
     mask = torch.zeros(1, *size, dtype=torch.int64)
     mask[:, 20:] = 30
-    stages = model.stages(torch.rand(1, 3, *size))
-    assert model.loss(stages, mask).isfinite()
-    cells = middle_ids(mask, stages[0].thing)
+    answers = model.answers(torch.rand(1, 3, *size))
+    assert model.loss(answers, mask).isfinite()
+    cells = middle_ids(mask, answers[0].objectness)
     assert cells.shape == (1, -(-size[0] // 4), -(-size[1] // 4))
     assert cells[0, :, 0].tolist() == [0 if 4 * i + 2 < 20 else 30 for i in range(cells.shape[1])]
 
@@ -245,7 +223,7 @@ def test_with_a_mask_forward_is_the_loss_and_frames_have_theirs():
     frames, mask = torch.rand(3, 3, 32, 48), torch.zeros(3, 32, 48, dtype=torch.uint8)
     mask[:, 8:20, 8:20] = 30
     with torch.no_grad():
-        loss, each = model(frames, mask), model.frame_losses(model.stages(frames), mask)
+        loss, each = model(frames, mask), model.frame_losses(model.answers(frames), mask)
         alone = [model(frames[i : i + 1], mask[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(each, torch.stack(alone))
     torch.testing.assert_close(each.mean(), loss)  # as many object pixels in each
@@ -260,8 +238,7 @@ def test_impossible_configurations_are_refused(widths):
 NONSENSE = [
     *({"widths": widths} for widths in ("ab", None, 5, [8, "16"], [8.0, 16.0], [-8, 16])),
     *({"widths": widths} for widths in ([10**9] * 2, [30_000] * 2, [10**40, 8], [8] * 10_000)),
-    *({"blocks": blocks} for blocks in (5, [[1]])),
-    *({"in_channels": torch.zeros(3)}, {3: 4}, {"depth": 2}),
+    *({"widths": torch.zeros(3)}, {3: 4}, {"depth": 2}),
 ]
 
 
@@ -278,3 +255,57 @@ def test_weights_that_are_no_numbers_are_refused(value):
     state["encoder.0.0.norm1.running_var"][3] = value
     with pytest.raises(UserError, match=r"some\.pt do not fit .*not finite"):
         UNet.from_checkpoint({"model": state, "model_config": {"widths": [8, 16]}}, "some.pt")
+
+
+EXPORTED = (2, 3, 160, 240)  # frames of the usual size
+OTHERS = ((1, 320, 480), (5, 64, 48))  # batch, height and width of what was not exported
+
+
+@pytest.fixture(scope="module")
+def trained() -> UNet:
+    """Return the shipped network, since random logits have no scale to compare them on."""
+    return UNet.load(SHIPPED)
+
+
+def expected(model: UNet, frames: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(frames)
+
+
+def dynamic() -> dict:
+    """Return that batch size is any, and heights and widths are any multiples of 16."""
+    batch, height, width = (torch.export.Dim(name, min=1) for name in ("batch", "high", "wide"))
+    return {"frames": {0: batch, 2: 16 * height, 3: 16 * width}}
+
+
+@pytest.mark.parametrize("shape", [EXPORTED, *((b, 3, h, w) for b, h, w in OTHERS)])
+def test_onnx_gives_the_same_logits(trained, onnx_session, shape):
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8)
+    (logits,) = onnx_session.run(None, {"frames": frames.numpy()})
+    np.testing.assert_allclose(logits, expected(trained, frames), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def onnx_session(trained, tmp_path_factory):
+    """Export as the README does."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = tmp_path_factory.mktemp("onnx") / "clevr_unet.onnx"
+    frames = torch.zeros(EXPORTED, dtype=torch.uint8)
+    torch.onnx.export(trained, (frames,), file, dynamic_shapes=dynamic(), verbose=False)
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+def test_exported_programs_give_the_same_logits(trained):
+    frames = torch.zeros(EXPORTED, dtype=torch.uint8)
+    program = torch.export.export(trained, (frames,), dynamic_shapes=dynamic()).module()
+    for batch, height, width in OTHERS:
+        frames = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        torch.testing.assert_close(program(frames), expected(trained, frames))
+
+
+@pytest.mark.filterwarnings("ignore")  # of being old
+def test_a_trace_gives_the_same_logits_for_frames_of_any_size(trained):
+    traced = torch.jit.trace(trained, torch.zeros(EXPORTED, dtype=torch.uint8))
+    for batch, height, width in (*OTHERS, (3, 150, 230)):
+        frames = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        torch.testing.assert_close(traced(frames), expected(trained, frames))

@@ -97,7 +97,7 @@ def test_the_loss_is_a_cross_entropy_in_float32(name):
     with torch.no_grad():
         logits, ids = model(frames), masks.long()
         by_hand = [F.cross_entropy(logits[i : i + 1], ids[i : i + 1]) for i in range(len(frames))]
-        loss, each = model(frames, masks), model.frame_losses(model.stages(frames), masks)
+        loss, each = model(frames, masks), model.frame_losses(model.answers(frames), masks)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(frames, masks).dtype == torch.float32
     assert torch.allclose(each, torch.stack(by_hand), rtol=1e-4)

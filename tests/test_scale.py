@@ -121,13 +121,15 @@ def test_pixels_have_the_class_of_the_nearest_object_and_what_was_dropped_stays_
 def test_a_network_that_is_wrong_about_large_objects_does_not_lose_them(model, frames, known):
     """What is seen finer only moves edges."""
     blind = Labeller(UNet.load(WEIGHTS), batch_size=4, scale=Scale())
-    sure = blind.model.stages
+    sure = blind.model.answers
 
-    def stages(frames):
+    def answers(frames):
         found = sure(frames)
-        return found if frames.shape[-1] == 240 else [s._replace(thing=s.thing - 99) for s in found]
+        if frames.shape[-1] == 240:
+            return found
+        return [answer._replace(objectness=answer.objectness - 99) for answer in found]
 
-    blind.model.stages = stages
+    blind.model.answers = answers
     labels = blind.label([enlarged(frames, 2)])[0].labels
     assert iou(back(labels, 2), known) > 0.6
     assert set(labels.unique().tolist()) == set(known.unique().tolist())
