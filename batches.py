@@ -87,8 +87,8 @@ def make_loaders(
         )
     passes = math.ceil(EPOCH_STEPS / max(1, len(training) // batch_size))
     batches = ShardedBatches(len(training), batch_size, processes, True, seed, passes)
-    if processes.first and passes > 1:
-        print(
+    if passes > 1:
+        processes.say(
             f"an epoch takes {passes} passes over these few frames, {len(batches)} steps, "
             "so that a run has enough of them"
         )
@@ -125,16 +125,17 @@ def choose_workers(
     if not requested:
         return 0
     if why := why_alone():
-        if processes.first:
-            print(f"no workers, each process reads for itself ({why})")
+        processes.say(f"no workers, each process reads for itself ({why})")
         return 0
     shared = Path("/dev/shm")  # through which they hand on their batches; 64 MB in a container
     if not shared.is_dir():  # not Linux
         return requested
     free, ahead = shutil.disk_usage(shared).free, 2 * batch * processes.local_count
     fit = free * processes.count // ahead
-    if fit < requested and processes.first:
-        print(f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {requested}")
+    if fit < requested:
+        processes.say(
+            f"{shared} has {free / 2**20:.0f} MB free, enough for {fit} workers, not {requested}"
+        )
     return min(requested, fit)
 
 

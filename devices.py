@@ -184,6 +184,11 @@ class Processes:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a text, once for all processes."""
+        if self.first:
+            print(text, flush=True)
+
     def add_up(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by its sum over all processes, in place."""
         if self.count > 1:

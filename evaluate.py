@@ -136,7 +136,8 @@ def report(result: dict[str, Any]) -> str:
         if iou is not None:
             lines.append(f"{name:<24}{_figure(iou)}  {result['pixels'][name]:>12,}")
     absent = sum(iou is None for iou in result["per_class"].values())
-    lines += [f"({absent} further classes occur in neither truth nor prediction)"] * bool(absent)
+    if absent:
+        lines.append(f"({absent} further classes occur in neither truth nor prediction)")
     lines += ["", "accuracy on object pixels"]
     for factor in ("shape", "material", "colour"):
         by_name = result[f"{factor}_accuracy"].items()

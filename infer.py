@@ -38,8 +38,7 @@ def main() -> int:
     """Label every video; return 1 if some had a fault, else 0."""
     args = parse_args()
     processes = Processes(choose_device(args.device))
-    if processes.first:
-        print(log_header(processes.device), flush=True)
+    processes.say(log_header(processes.device))
     checkpoint = load_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
@@ -56,14 +55,13 @@ def main() -> int:
 
     start = time.perf_counter()
     done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
-    if processes.first:
-        seconds = time.perf_counter() - start
-        rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
-        print(f"{done} videos, {frames} frames in {rate} -> {args.out}")
-        look = ["python", "preview.py", "--masks", args.out, "--data", data, "--out", "preview"]
-        print(f"look at them: {shlex.join(map(str, look))}")
-        if skipped:
-            print(f"{skipped} videos skipped, see above", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
+    processes.say(f"{done} videos, {frames} frames in {rate} -> {args.out}")
+    look = ["python", "preview.py", "--masks", args.out, "--data", data, "--out", "preview"]
+    processes.say(f"look at them: {shlex.join(map(str, look))}")
+    if skipped and processes.first:
+        print(f"{skipped} videos skipped, see above", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -120,13 +118,12 @@ def label(
                     tqdm.write(f"skipped: {fault}", file=sys.stderr)
                 new = [message for message in done.messages if message not in messages]
                 messages += new
-                for message in new if processes.first else []:
-                    tqdm.write(message)
+                if new and processes.first:
+                    tqdm.write("\n".join(new))
     processes.add_up(totals)
-    others = dict.fromkeys(processes.collect(messages))  # the first process speaks for all
-    for message in others if processes.first else []:
-        if message not in messages:
-            print(message)
+    for message in dict.fromkeys(processes.collect(messages)):
+        if message not in messages:  # of frames that the first process, which speaks, has not met
+            processes.say(message)
     return tuple(totals.tolist())
 
 

@@ -300,7 +300,7 @@ def main() -> None:
         start=args.start,
         num_frames=args.frames,
     )
-    print(f"{args.videos} video{'s' * (args.videos > 1)} -> {args.out}")
+    print(f"{args.videos} {'video' if args.videos == 1 else 'videos'} -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ class Keeper:
         if not self.processes.first:
             return Stopped("", number)
         launcher = "python" if self.processes.count == 1 else "torchrun ..."
-        arguments = sys.argv + ["--resume"] * ("--resume" not in sys.argv)
+        arguments = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
         within = f"step {self.run.done} of epoch {self.run.epoch + 1}"
         where = within if self.run.done else f"epoch {self.run.epoch}"
         command = f"{launcher} {shlex.join(arguments)}"

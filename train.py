@@ -119,20 +119,18 @@ def main() -> None:
     processes = Processes(choose_device(args.device))
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
-    if processes.first:
-        print(log_header(device))
-        if args.data == DEMO_DATA:
-            render_demo()
+    processes.say(log_header(device))
+    if processes.first and args.data == DEMO_DATA:
+        render_demo()
     processes.wait()
 
     train_videos, val_videos = split_videos(args.data, args.seed)
     training = CLEVRDataset(train_videos, cache=not args.no_cache)
     validation = CLEVRDataset(val_videos, cache=not args.no_cache)
-    if processes.first:
-        print(
-            f"{len(training)} training frames of {len(training.videos)} videos, "
-            f"{len(validation)} validation frames of {len(validation.videos)} videos"
-        )
+    processes.say(
+        f"{len(training)} training frames of {len(training.videos)} videos, "
+        f"{len(validation)} validation frames of {len(validation.videos)} videos"
+    )
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
@@ -154,14 +152,12 @@ def main() -> None:
         "seed": args.seed,
         "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
     }
-    if processes.first:
-        print(first_words(run, init, args.num_epochs))
+    processes.say(first_words(run, init, args.num_epochs))
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
     train_epochs(run, loader, val_loader, args.num_epochs, args.out)
-    if processes.first:
-        print(last_words(args.out, args.data))
+    processes.say(last_words(args.out, args.data))
 
 
 def build_model(
