@@ -10,7 +10,6 @@ frame. A ghost is a class that is predicted in a video and not there; a class is
 and of which more than half is found in no frame.
 """
 
-import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ from metrics import (
     video_figures,
 )
 from utils import UserError, make_parser, run_script
-from videos import MASK, Video, find_videos, read_frame, read_labels, read_mask
+from videos import MASK, find_videos, read_labels, size_text
 
 NUM_WORST = 10  # videos listed at the end of the report
 
@@ -90,18 +89,23 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     for video in find_videos(data):
         name = video.path.relative_to(data)  # "." if `data` is itself a video
         try:
-            truth = read_truth(video, pred / name)
+            truth = read_labels(video.path, len(video.names))
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
             continue
         if truth is None:
             continue
-        mask = read_labels(pred / name, len(truth), truth.shape[1:])
+        mask = read_labels(pred / name, len(truth))
         if mask is None:
             missing.append(pred / name / MASK)
-        else:
-            tally.add(name.as_posix(), truth, mask)
+            continue
+        if mask.shape != truth.shape:
+            raise UserError(
+                f"{pred / name / MASK} is {size_text(mask.shape[1:])}, the true masks in {video} "
+                f"are {size_text(truth.shape[1:])}: label these frames again, or mend the truth"
+            )
+        tally.add(name.as_posix(), truth, mask)
     if missing:
         raise UserError(
             f"{len(missing)} of {len(tally.videos) + len(missing)} labelled videos have no "
@@ -111,22 +115,6 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     if not tally.videos:
         raise UserError(f"{data} holds no labelled video to score ({skipped} skipped)")
     return {"skipped": skipped, **tally.figures()}
-
-
-def read_truth(video: Video, pred: Path) -> Tensor | None:
-    """Return the true labels of a video, (T, H, W), or None if it has none.
-
-    A frame is looked at only where the prediction has another size, to know whose fault that is.
-
-    Raises:
-        UserError: they are faulty, or not of the size of the frames.
-    """
-    truth, mask = read_labels(video.path, len(video.names)), None
-    with contextlib.suppress(UserError):  # what is wrong with the prediction is said later
-        mask = read_mask(pred)
-    if truth is not None and mask is not None and mask.shape[1:] != truth.shape[1:]:
-        read_labels(video.path, size=read_frame(video.frames[0]).shape[1:])
-    return truth
 
 
 def report(result: dict[str, Any]) -> str:
