@@ -129,13 +129,12 @@ class MuonAdamW:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, also of a version that did not fuse AdamW."""
-        groups = [group | {"fused": True} for group in state["adamw"]["param_groups"]]
-        self.adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
+        """Restore what `state_dict` returned."""
+        self.adamw.load_state_dict(state["adamw"])
         for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
             velocity.copy_(saved)
         device = self.weights[0].device  # a run that began without goes on without
-        self.start = [weight.to(device) for weight in state.get("start", [])]
+        self.start = [weight.to(device) for weight in state["start"]]
 
 
 class Stack:

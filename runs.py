@@ -127,12 +127,12 @@ class Run:
         self.ema.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.facts |= {name: float(checkpoint[name]) for name in SCORES if name in checkpoint}
-        total, steps = state.get("loss", (0.0, 0))
-        numbers = [checkpoint["epoch"], state.get("frames", 0), steps]
+        total, steps = state["loss"]
+        numbers = [checkpoint["epoch"], state["frames"], steps]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"epoch, frames and steps are {numbers}")
         self.epoch, self.done, self.loss.steps = numbers[0], numbers[1] // self.batch_size, steps
-        self.best, self.loss.total = float(state.get("best", -1.0)), float(total)
+        self.best, self.loss.total = float(state["best"]), float(total)
         if not is_finite(self.model.state_dict()):
             raise ValueError("weights are not finite numbers")
 

@@ -271,17 +271,6 @@ def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path
     )
 
 
-def test_the_state_of_a_version_that_saved_epochs_alone_goes_on(finished, videos, tmp_path, call):
-    checkpoint = load_checkpoint(finished / LAST)
-    for name in ("frames", "loss"):
-        checkpoint["training"].pop(name)
-    save_checkpoint(tmp_path / LAST, checkpoint)
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 7, "--resume", *TINY]
-    status, said, _ = call(train, *command)
-    assert status == 0
-    assert "going on after epoch 6\n" in said
-
-
 def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--seed", 1, *TINY]
     assert call(train, *command)[0] == 0
