@@ -29,7 +29,7 @@ from devices import Processes, choose_device
 from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
 from outputs import Outputs, provenance
-from scale import Scale, factor, learned_size
+from scale import Scale, learned_size, scale_factor
 from utils import UserError, at_least, log_header, make_parser, run_script
 from videos import Video, find_videos
 
@@ -48,8 +48,8 @@ def main() -> int:
         labeller.compile()
 
     data = find_data(args.data, checkpoint, args.ckpt)
-    made_by = provenance(checkpoint["digest"], consistency=tracking, scale=args.scale)
-    outputs = Outputs(args.out, data, made_by, args.objects)
+    origin = provenance(checkpoint["digest"], consistency=tracking, scale=args.scale)
+    outputs = Outputs(args.out, data, origin, args.objects)
     videos = plan(outputs, args.resume) if processes.first else []
     videos = processes.share_out(videos)  # those that are done have been left out before
 
@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-consistency", action="store_true", help="label each frame by itself")
     add(
         "--scale",
-        type=factor,
+        type=scale_factor,
         help="of the frames for the network, 0.5 for half as wide (default: as it learned)",
     )
     add = parser.add_argument_group("machine").add_argument

@@ -94,7 +94,7 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     evidence[parts.at_edge, : FACTOR_SIZES[0]] *= EDGE_SHAPE
 
     # The probability of each kind for each track. Neighbouring frames repeat each other's errors:
-    # n of them tell as much as the root of n.
+    # n of them say as much as the root of n.
     count = track.max() + 1
     seen = np.bincount(track, weights=weight)
     total = sums(track, count, evidence * weight[:, None]) / np.sqrt(seen)[:, None] @ MEMBERS.T

@@ -118,12 +118,12 @@ class Outputs:
     Args:
         out: The folder.
         data: The folder that the videos lie in.
-        made_by: As of `provenance`.
+        origin: As of `provenance`.
         with_table: Whether objects.csv is written.
     """
 
-    def __init__(self, out: Path, data: Path, made_by: dict[str, Any], with_table: bool = False):
-        self.out, self.data, self.made_by, self.with_table = out, data, made_by, with_table
+    def __init__(self, out: Path, data: Path, origin: dict[str, Any], with_table: bool = False):
+        self.out, self.data, self.origin, self.with_table = out, data, origin, with_table
 
     def folder(self, video: Video) -> Path:
         """Return where the files of a video are."""
@@ -167,7 +167,7 @@ class Outputs:
                 raise OSError
             record = json.loads((folder / RECORD).read_bytes())
             digests = record["mask"], record["table"]
-            expected = {**self.made_by, "frames": video.state()}
+            expected = {**self.origin, "frames": video.state()}
             changed = next((key for key in CHANGES if record.get(key) != expected[key]), None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "nothing tells what made them"
@@ -212,4 +212,4 @@ class Outputs:
         with atomic_write(folder / MASK) as file:
             file.write(mask.getbuffer())
         digests = {"mask": digest(mask.getvalue()), "table": digest(rows) if rows else None}
-        write_json(folder / RECORD, {**self.made_by, "frames": state, **digests})
+        write_json(folder / RECORD, {**self.origin, "frames": state, **digests})

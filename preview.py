@@ -69,7 +69,7 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
             true masks or the table alone is in the result's `faults`.
     """
     source = fingerprint(name, video, masks, width)
-    known = read_record(out / "video.js")
+    known = read_description(out / "video.js")
     if known and known.get("source") == source:
         return known
     delete_leftovers(out)
@@ -88,7 +88,7 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
         faults.append(str(error))
     drawn = [ids.numpy() for ids in (labels, truth) if ids is not None]
     small, *drawn = reduced(frames, drawn, width)
-    record = {
+    description = {
         "source": source,
         "faults": faults,
         "frames": len(small),
@@ -103,8 +103,8 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
         pictures.append(difference_sheet(drawn[1], drawn[0]))
     for picture, drawing in zip(PICTURES, pictures, strict=False):
         save_picture(out / picture, drawing)
-    write_script(out / "video.js", "arrived(", [name, record], ");")
-    return record
+    write_script(out / "video.js", "arrived(", [name, description], ");")
+    return description
 
 
 def fingerprint(name: str, video: Video, masks: Path, width: int) -> str:
@@ -151,7 +151,7 @@ def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
         picture.save(file, kind, quality=QUALITY, **options)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_description(path: Path) -> dict[str, Any] | None:
     """Return what a whole video.js holds, None where there is none."""
     try:
         text = path.read_text()
@@ -167,17 +167,17 @@ def write_script(path: Path, before: str, value: Any, after: str = ";") -> None:
         file.write(f"{before}{text}{after}\n".encode())
 
 
-def summary(name: str, record: dict[str, Any]) -> dict[str, Any]:
+def summary(name: str, description: dict[str, Any]) -> dict[str, Any]:
     """Return what the page knows of a video before it is looked at."""
-    doubts = [thing["doubt"] for thing in record["objects"] if thing["doubt"] is not None]
-    figures = record["figures"]
+    doubts = [item["doubt"] for item in description["objects"] if item["doubt"] is not None]
+    figures = description["figures"]
     return {
         "name": name,
         "folder": quote(os.fsencode(name)),
-        "objects": [thing["id"] for thing in record["objects"]],
+        "objects": [item["id"] for item in description["objects"]],
         "doubt": max(doubts, default=None),
         "miou": figures and figures["miou"],
-        "size": record["size"],
+        "size": description["size"],
     }
 
 
@@ -200,10 +200,10 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
     def job(video: Video) -> tuple[dict[str, Any], list[str]]:
         name = video.path.relative_to(data).as_posix()
         try:
-            record = preview_video(name, video, videos[video], out / name, width)
+            description = preview_video(name, video, videos[video], out / name, width)
         except UserError as error:
             return {"name": name, "fault": str(error)}, [str(error)]
-        return summary(name, record), record["faults"]
+        return summary(name, description), description["faults"]
 
     bar = {"leave": False, "disable": None, "unit": "video"}
     results = list(tqdm(in_threads(job, chosen), "drawing", len(chosen), **bar))

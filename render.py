@@ -46,7 +46,7 @@ from utils import UserError, at_least, make_parser, run_script
 
 RENDERER = 2  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, (HEIGHT, WIDTH) = 22, FRAME_SIZE  # of the videos that others have
-RECORD = "render.json"  # beside the videos: what made them
+SETTINGS = "render.json"  # beside the videos: what made them
 # Where no data is given: short videos, since a network learns more from other objects than from
 # the same ones a moment later.
 DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 280, 11, (4, 10)
@@ -147,17 +147,17 @@ def without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Return what made the videos in `out`. Raises UserError if its record is damaged."""
+def read_settings(out: Path) -> dict[str, Any]:
+    """Return what made the videos in `out`. Raises UserError if their settings are damaged."""
     try:
-        record = json.loads((out / RECORD).read_bytes())
+        made_with = json.loads((out / SETTINGS).read_bytes())
     except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+        made_with = None
+    if not isinstance(made_with, dict):
         raise UserError(
-            f"{out / RECORD} is damaged, so nothing says what made the videos beside it: {REMEDY}"
+            f"{out / SETTINGS} is damaged, so nothing says what made the videos beside it: {REMEDY}"
         )
-    return record
+    return made_with
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -166,18 +166,18 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     Runs with the same settings may claim a folder together.
     """
     has_videos = any(out.glob("video_*"))  # seen first, because another run writes them last
-    if not (out / RECORD).exists():
+    if not (out / SETTINGS).exists():
         if has_videos:
             raise UserError(
-                f"{out} holds videos but no {RECORD} that says what made them: {REMEDY}"
+                f"{out} holds videos but no {SETTINGS} that says what made them: {REMEDY}"
             )
-        write_json(out / RECORD, settings)
-    record = read_record(out)
-    if record != settings:
+        write_json(out / SETTINGS, settings)
+    made_with = read_settings(out)
+    if made_with != settings:
         changes = [
-            f"{key} {_spell(record.get(key))}, not {_spell(settings.get(key))}"
-            for key in settings | record
-            if record.get(key) != settings.get(key)
+            f"{key} {_spell(made_with.get(key))}, not {_spell(settings.get(key))}"
+            for key in settings | made_with
+            if made_with.get(key) != settings.get(key)
         ]
         raise UserError(
             f"{out} is for videos rendered with other settings ({'; '.join(changes)}): "

@@ -23,10 +23,10 @@ from videos import MAX_PIXELS, size_text
 SAME = 0.02  # of the width: so little is nothing to an object
 MOST = 16.0  # times larger or smaller
 FINEST = 2.0  # times the learned scale; beyond, the network misses what fills its view
-COARSE_WEIGHT = 0.5  # of the evidence at the learned scale, where edges have been seen finer
+COARSE_SHARE = 0.5  # of the evidence at the learned scale, where edges have been seen finer
 REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
-NOTHING = 255  # where no object is; 0 is one that was dropped
+NO_OBJECT = 255  # where no object is; 0 is one that was dropped
 
 
 class Looks(NamedTuple):
@@ -99,7 +99,7 @@ def learned_size(checkpoint: dict[str, Any], path: str | Path) -> tuple[int, int
     return tuple(size)
 
 
-def factor(text: str) -> float:
+def scale_factor(text: str) -> float:
     """Read a factor from the command line, an argparse type."""
     try:
         value = float(text)
@@ -146,7 +146,7 @@ def outline(coarse: Tensor, fine: Tensor | None, size: tuple[int, int]) -> Tenso
         return evidence > 0
     surely = enlarge(-F.max_pool2d(-coarse, 3, 1, 1)) > 0  # within what is an object all around
     maybe = enlarge(F.max_pool2d(coarse, 3, 1, 1)) > 0
-    return surely | (maybe & (enlarge(fine) + COARSE_WEIGHT * evidence > 0))
+    return surely | (maybe & (enlarge(fine) + COARSE_SHARE * evidence > 0))
 
 
 def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
@@ -168,23 +168,23 @@ def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
 
     # Those that lie in a labelled pixel have its label.
     margin = ((0, 0), (REACH, REACH), (REACH, REACH))
-    known = np.where(objects.numpy(), labels.numpy(), np.uint8(NOTHING))
-    known = np.pad(known, margin, constant_values=NOTHING)
+    known = np.where(objects.numpy(), labels.numpy(), np.uint8(NO_OBJECT))
+    known = np.pad(known, margin, constant_values=NO_OBJECT)
     top, left = np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)
     found = known[t, top + REACH, left + REACH]
 
     # The rest have that of the nearest labelled pixel in a window of REACH around them.
-    rest = np.flatnonzero(found == NOTHING)
+    rest = np.flatnonzero(found == NO_OBJECT)
     step = np.arange(2 * REACH + 1)
     window = known[
         t[rest, None, None], top[rest, None, None] + step[:, None], left[rest, None, None] + step
     ]
     down = (top[rest, None] + step - REACH - y[rest, None]) ** 2
     right = (left[rest, None] + step - REACH - x[rest, None]) ** 2
-    distance = np.where(window == NOTHING, np.inf, down[:, :, None] + right[:, None])
+    distance = np.where(window == NO_OBJECT, np.inf, down[:, :, None] + right[:, None])
     nearest = distance.reshape(len(rest), step.size**2).argmin(axis=1)
     found[rest] = window.reshape(len(rest), step.size**2)[np.arange(len(rest)), nearest]
 
     result = np.zeros(shape, np.uint8)
-    result.reshape(-1)[where] = np.where(found == NOTHING, 0, found)
+    result.reshape(-1)[where] = np.where(found == NO_OBJECT, 0, found)
     return torch.from_numpy(result)

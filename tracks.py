@@ -343,7 +343,7 @@ class _Linker:
         """Return how unlike one thing the parts of one frame and the next are, (b, n), in nats."""
         free = self.free[before, None] & self.free[now]
         moved = np.abs(self.span[now] - self.span[before, None])  # (b, n, 2, 3)
-        # Where one side is hidden the others still tell.
+        # Where one side is hidden the other ones still count.
         x, y = np.where(free[..., None], moved[..., 2], moved.min(axis=3)).transpose(2, 0, 1)
         size = np.abs(np.log(self.pixels[before, None] / self.pixels[now]))
         likeness = 1.0

@@ -49,7 +49,7 @@ RATES = 4e-3, 1e-3  # highest, of steps of so many frames: from nothing, from tr
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 L2_SP = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to where it began
 BN_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
-NOTHING = Path("none")  # of --init
+FROM_NOTHING = Path("none")  # of --init
 SHOWN = 3  # validation frames in TensorBoard
 BLIND_STEPS = 100  # after which a network that sees no object is warned of
 
@@ -105,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.num_epochs is None:
-        args.num_epochs = 30 if args.init and args.init != NOTHING else 8
+        args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and not 2 <= len(args.widths) <= MAX_STAGES:
@@ -177,7 +177,7 @@ def build_model(
     """
     file = init or (None if data == DEMO_DATA or widths else SHIPPED)
     model = None
-    if file and file != NOTHING:
+    if file and file != FROM_NOTHING:
         try:
             model = UNet.load(file)
         except UserError as error:

@@ -139,7 +139,7 @@ def has_mask(folder: str | Path) -> bool:
         Path(folder, MASK).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # which is for reading it to tell
+    except OSError:  # `read_mask` says what is wrong with it
         pass
     return True
 

@@ -22,9 +22,9 @@ NEAREST = 5.9  # y of the ground at the lower edge of the picture
 FREE = 1e3
 HALF = np.array([[0.39, 0.39, 0.39], [FREE, FREE, FREE], [FREE, FREE, 0.395]])
 RADIUS = np.array([FREE, 0.405, 0.42])
-HEIGHT = np.array([0.39, 0.405, 0.395])  # of the centre
+CENTRE_HEIGHT = np.array([0.39, 0.405, 0.395])  # of the centre
 FOOTPRINT = np.array([0.39 * 2**0.5, 0.405, 0.42])  # radius of the disc that collides
-REACH = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a sphere around it
+BOUND = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a sphere around it
 # Real labels come from a detector. It flattens the tops and bottoms of what is round (rows of an
 # outline narrower than this share of its widest are background), and draws spheres the smaller the
 # larger they look: by this share of what their radius exceeds SMALL times their distance. Measured
@@ -188,7 +188,7 @@ def make_scene(
     xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]], num_frames)
     ids = ids[kept]
     shape, material, colour = factors(ids)
-    z = np.broadcast_to(HEIGHT[shape], angle.shape)
+    z = np.broadcast_to(CENTRE_HEIGHT[shape], angle.shape)
     pitch, roll = CAMERA_PITCH + rng.normal(0, 0.008), rng.normal(0, 0.006)
     up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
     forward = np.array([0, math.cos(pitch), -math.sin(pitch)])
@@ -203,7 +203,7 @@ def make_scene(
         half=tensor(HALF[shape]),
         radius=tensor(RADIUS[shape]),
         round=tensor(shape == SHAPES.index("sphere")),
-        reach=tensor(REACH[shape]),
+        reach=tensor(BOUND[shape]),
         albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
         narrow=tensor(NARROW[shape]),

@@ -56,7 +56,7 @@ aten = torch.ops.aten
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_lock = threading.RLock()  # lanes and loaders copy from threads of their own
+_lock = threading.RLock()  # worker threads and loaders copy from threads of their own
 _on_the_way: list[tuple[Tensor, Tensor]] = []  # destinations on the CPU, and what will arrive there
 _libraries: list[torch.library.Library] = []  # what is registered is forgotten with its library
 

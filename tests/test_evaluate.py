@@ -67,9 +67,7 @@ def test_names_that_are_no_text_are_reported(tmp_path, labels):
     assert "1.0000  video_\\udcff" in result.stdout
 
 
-def test_masks_of_another_size_than_the_truth_are_a_sentence_with_both_sizes(
-    run, tmp_path, labels
-):
+def test_masks_of_another_size_than_the_truth_are_a_sentence_with_both_sizes(run, tmp_path, labels):
     write_video(tmp_path / "data/a", labels)
     write_mask(tmp_path / "pred/a", labels)
     np.save(tmp_path / "data/a/mask.npy", labels.swapaxes(1, 2))

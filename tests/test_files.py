@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the scraps of killed writers."""
+"""Files that are whole or not there, and what killed writers leave."""
 
 import subprocess
 import sys

@@ -83,10 +83,10 @@ def masks_below(folder):
     return {path.relative_to(folder).as_posix(): np.load(path) for path in files}
 
 
-def assert_labels_of(mask, video, network, consistency=True):
+def assert_labels_of(mask, video, network, tracking=True):
     """Check that each mask is what the network finds in its frame, read by other means.
 
-    Objects are where model.predict finds them; with `consistency` they are followed.
+    Objects are where model.predict finds them; with `tracking` they are followed.
 
     Rounding differs between batch sizes, which may turn a few pixels; the masks of two frames have
     half of their pixels in common.
@@ -97,7 +97,7 @@ def assert_labels_of(mask, video, network, consistency=True):
     network = copy.deepcopy(network).fuse()
     with mixed_precision(frames.device):
         expected = network.predict(frames)
-    if consistency:
+    if tracking:
         with mixed_precision(frames.device), torch.inference_mode():
             objects, kind = network.evidence(network.answers(frames))
         assert (objects == (expected > 0)).double().mean() > 0.97
@@ -435,7 +435,7 @@ def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, netw
     assert run(*arguments, "--out", tmp_path / "out")[0] == 0
     own, together = masks_below(tmp_path / "own"), masks_below(tmp_path / "out")
     for name, mask in own.items():
-        assert_labels_of(mask, (data / name).parent, network, consistency=False)
+        assert_labels_of(mask, (data / name).parent, network, tracking=False)
         assert not together[name][mask == 0].any()
     assert any((own[name] != together[name]).any() for name in own)
 
@@ -477,7 +477,7 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
 
 
 def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
-    """Loader, lanes and writers included; a result read before its copy came would be rubbish."""
+    """Its readers and writers included; a result read before its copy came would be rubbish."""
     (tmp_path / "pretended.py").write_text(
         "import runpy, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"

@@ -39,17 +39,17 @@ class Scene:
         cells = F.max_pool2d(self.evidence.movedim(-1, 1), 2, ceil_mode=True)
         return follow(self.objects, gather(self.objects, cells))
 
-    def classes(self, tracks, t, name=1):
+    def classes(self, found, t, name=1):
         """The classes that one object was given in frame t."""
-        return set(tracks.labels[t][self.drawn[t] == name].tolist())
+        return set(found.labels[t][self.drawn[t] == name].tolist())
 
 
 def test_a_class_that_flips_is_set_right():
     scene = Scene(8)
     for t in range(8):
         scene.box(t, 60 + 5 * t, 60, RED_BALL if t in (3, 4) else RED_CUBE)
-    tracks = scene.follow()
-    assert (tracks.labels == RED_CUBE).equal(scene.objects)
+    found = scene.follow()
+    assert (found.labels == RED_CUBE).equal(scene.objects)
 
 
 def test_part_of_an_object_that_reads_otherwise_is_set_right():
@@ -66,9 +66,9 @@ def test_a_brief_object_keeps_its_class():
     for t in range(12):
         scene.box(t, 40, 60, RED_CUBE)
     scene.box(5, 150, 60, RED_BALL, size=12, name=2)
-    tracks = scene.follow()
-    assert scene.classes(tracks, 5, name=2) == {RED_BALL}
-    assert scene.classes(tracks, 5) == {RED_CUBE}
+    found = scene.follow()
+    assert scene.classes(found, 5, name=2) == {RED_BALL}
+    assert scene.classes(found, 5) == {RED_CUBE}
 
 
 @pytest.mark.parametrize("first", [1, -1])
@@ -78,9 +78,9 @@ def test_an_object_that_the_frame_cuts_gets_the_class_it_has_in_full_view(first)
         t = i if first > 0 else 7 - i
         x = -14 + 8 * i
         scene.box(t, x, 70, BLUE_CUBE if x < -5 else BLUE_BALL)
-    tracks = scene.follow()
-    assert tracks.labels.unique().tolist() == [0, BLUE_BALL]
-    rows = table(tracks)
+    found = scene.follow()
+    assert found.labels.unique().tolist() == [0, BLUE_BALL]
+    rows = table(found)
     assert [row.at_edge for row in rows if row.frame == (0 if first > 0 else 7)] == [True]
     assert {row.object for row in rows} == {1}
 
@@ -92,9 +92,9 @@ def test_an_occluded_object_that_reappears_keeps_its_number_and_class():
             # On coming back it reads as something else at first.
             scene.box(t, 30 + 8 * t, 60, BLUE_CUBE if t == 9 else BLUE_BALL, name=2)
         scene.box(t, 75, 58, RED_CUBE, size=26)
-    tracks = scene.follow()
-    assert tracks.labels.unique().tolist() == [0, RED_CUBE, BLUE_BALL]
-    numbers = {(row.class_id, row.object) for row in table(tracks)}
+    found = scene.follow()
+    assert found.labels.unique().tolist() == [0, RED_CUBE, BLUE_BALL]
+    numbers = {(row.class_id, row.object) for row in table(found)}
     assert len(numbers) == 2
 
 
@@ -103,10 +103,10 @@ def test_touching_objects_of_one_colour_stay_two():
     for t in range(10):
         scene.box(t, 60, 60, RED_CUBE)
         scene.box(t, 98 - 2 * t, 60, RED_BALL, name=2)  # they touch in the last frame
-    tracks = scene.follow()
+    found = scene.follow()
     for t in range(10):
-        assert scene.classes(tracks, t) == {RED_CUBE}
-        assert scene.classes(tracks, t, name=2) == {RED_BALL}
+        assert scene.classes(found, t) == {RED_CUBE}
+        assert scene.classes(found, t, name=2) == {RED_BALL}
 
 
 def test_objects_that_collide_and_part_keep_their_classes():
@@ -115,10 +115,10 @@ def test_objects_that_collide_and_part_keep_their_classes():
         gap = 20 + 6 * abs(t - 6)
         scene.box(t, 80, 60, BLUE_CUBE)
         scene.box(t, 80 + gap, 64, BLUE_BALL, name=2)
-    tracks = scene.follow()
+    found = scene.follow()
     for t in range(12):
-        assert scene.classes(tracks, t) == {BLUE_CUBE}
-        assert scene.classes(tracks, t, name=2) == {BLUE_BALL}
+        assert scene.classes(found, t) == {BLUE_CUBE}
+        assert scene.classes(found, t, name=2) == {BLUE_BALL}
 
 
 def test_an_object_behind_a_narrow_one_is_one_class_in_two_pieces():
@@ -128,9 +128,9 @@ def test_an_object_behind_a_narrow_one_is_one_class_in_two_pieces():
         scene.objects[t, 40:100, 70:76] = True
         scene.evidence[t, 40:100, 70:76] = logits(BLUE_BALL)
         scene.drawn[t, 40:100, 70:76] = 2
-    tracks = scene.follow()
-    assert scene.classes(tracks, 3) == {RED_CUBE}
-    assert scene.classes(tracks, 3, name=2) == {BLUE_BALL}
+    found = scene.follow()
+    assert scene.classes(found, 3) == {RED_CUBE}
+    assert scene.classes(found, 3, name=2) == {BLUE_BALL}
 
 
 def test_no_class_is_twice_in_one_frame():
@@ -139,10 +139,10 @@ def test_no_class_is_twice_in_one_frame():
         scene.box(t, 30, 60, RED_CUBE, sure=6)
         scene.box(t, 180, 60, RED_CUBE, sure=3, name=2)
         scene.evidence[t][scene.drawn[t] == 2] += logits(RED_BALL, 2.5)
-    tracks = scene.follow()
-    assert scene.classes(tracks, 2) == {RED_CUBE}
-    assert scene.classes(tracks, 2, name=2) == {RED_BALL}
-    rows = table(tracks)
+    found = scene.follow()
+    assert scene.classes(found, 2) == {RED_CUBE}
+    assert scene.classes(found, 2, name=2) == {RED_BALL}
+    rows = table(found)
     assert len({(row.frame, row.class_id) for row in rows}) == len(rows) == 10
 
 
@@ -153,9 +153,9 @@ def test_an_object_that_enters_while_another_leaves_is_another():
         if t >= 5:
             scene.box(t, 240 - 5 * (t - 3), 60, RED_BALL, sure=3, name=2)
             scene.evidence[t][scene.drawn[t] == 2] += logits(RED_CUBE, 1.5)
-    tracks = scene.follow()
-    assert scene.classes(tracks, 0) == {RED_CUBE}
-    assert all(scene.classes(tracks, t, name=2) == {RED_BALL} for t in range(5, 12))
+    found = scene.follow()
+    assert scene.classes(found, 0) == {RED_CUBE}
+    assert all(scene.classes(found, t, name=2) == {RED_BALL} for t in range(5, 12))
 
 
 def test_two_tracks_that_want_one_class_share_out_what_costs_least():
@@ -164,9 +164,9 @@ def test_two_tracks_that_want_one_class_share_out_what_costs_least():
         scene.box(t, 30, 60, RED_CUBE, size=24, sure=2)  # larger, but nearly as well a ball
         scene.evidence[t][scene.drawn[t] == 1] += logits(RED_BALL, 1.6)
         scene.box(t, 180, 60, RED_CUBE, name=2)
-    tracks = scene.follow()
-    assert scene.classes(tracks, 1) == {RED_BALL}
-    assert scene.classes(tracks, 1, name=2) == {RED_CUBE}
+    found = scene.follow()
+    assert scene.classes(found, 1) == {RED_BALL}
+    assert scene.classes(found, 1, name=2) == {RED_CUBE}
 
 
 def test_only_scraps_without_a_likely_class_are_dropped():
@@ -177,29 +177,29 @@ def test_only_scraps_without_a_likely_class_are_dropped():
         scene.box(t, 180, 20, BLUE_BALL, size=6, name=3)
         scene.box(t, 200, 100, BLUE_CUBE, size=8, sure=0.2, name=4)
     assert 6 * 6 <= DROP_PIXELS < 8 * 8
-    tracks = scene.follow()
+    found = scene.follow()
     for t in range(6):
-        assert scene.classes(tracks, t, name=2) == {0}
-        assert scene.classes(tracks, t, name=3) == {BLUE_BALL}
-        assert 0 not in scene.classes(tracks, t, name=4)
-    assert ((tracks.labels > 0) == (scene.objects & (scene.drawn != 2))).all()
+        assert scene.classes(found, t, name=2) == {0}
+        assert scene.classes(found, t, name=3) == {BLUE_BALL}
+        assert 0 not in scene.classes(found, t, name=4)
+    assert ((found.labels > 0) == (scene.objects & (scene.drawn != 2))).all()
 
 
 def test_a_video_of_one_frame():
     scene = Scene(1)
     scene.box(0, 60, 60, RED_CUBE)
     scene.box(0, -5, 100, BLUE_BALL, name=2)
-    tracks = scene.follow()
-    assert scene.classes(tracks, 0) == {RED_CUBE}
-    assert scene.classes(tracks, 0, name=2) == {BLUE_BALL}
+    found = scene.follow()
+    assert scene.classes(found, 0) == {RED_CUBE}
+    assert scene.classes(found, 0, name=2) == {BLUE_BALL}
 
 
 @pytest.mark.parametrize("frames", [0, 1, 3])
 def test_a_video_without_objects(frames):
-    tracks = Scene(frames).follow()
-    assert tracks.labels.shape == (frames, 160, 240)
-    assert not tracks.labels.any()
-    assert table(tracks) == []
+    found = Scene(frames).follow()
+    assert found.labels.shape == (frames, 160, 240)
+    assert not found.labels.any()
+    assert table(found) == []
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (7, 240), (320, 480)])
@@ -215,18 +215,18 @@ def test_a_thousand_frames():
     for t in range(1000):
         scene.box(t, t * 7 % 64, 10, RED_CUBE if t % 10 else RED_BALL, size=10)
         scene.box(t, t // 20, 30, BLUE_BALL, size=10, name=2)
-    tracks = scene.follow()
-    assert ((tracks.labels > 0) == scene.objects).all()
-    assert all(scene.classes(tracks, t, name=2) == {BLUE_BALL} for t in range(0, 1000, 50))
+    found = scene.follow()
+    assert ((found.labels > 0) == scene.objects).all()
+    assert all(scene.classes(found, t, name=2) == {BLUE_BALL} for t in range(0, 1000, 50))
 
 
 def test_noise_is_labelled_in_bounded_time():
     generator = torch.Generator().manual_seed(0)
     objects = torch.rand(20, 160, 240, generator=generator) < 0.2
     evidence = 3 * torch.randn(int(occupied(objects).sum()), 13, generator=generator)
-    tracks = follow(objects, evidence)
-    assert not tracks.labels[~objects].any()
-    assert tracks.labels.equal(follow(objects, evidence).labels)
+    found = follow(objects, evidence)
+    assert not found.labels[~objects].any()
+    assert found.labels.equal(follow(objects, evidence).labels)
 
 
 def test_table_tells_where_each_object_is():

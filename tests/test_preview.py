@@ -58,7 +58,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def record_of(made: Path, name: str) -> dict:
-    return preview.read_record(made / "out" / name / "video.js")
+    return preview.read_description(made / "out" / name / "video.js")
 
 
 def test_record_of_a_video_worked_out_by_hand(made):

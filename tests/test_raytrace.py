@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synthetic.raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
-from synthetic.scene import HALF, HEIGHT, NARROW, RADIUS, REACH, make_scene, unit
+from synthetic.scene import BOUND, CENTRE_HEIGHT, HALF, NARROW, RADIUS, make_scene, unit
 
 
 def one_object(shape, turn=0.0):
@@ -15,13 +15,13 @@ def one_object(shape, turn=0.0):
     rng = np.random.default_rng(0)
     scene = make_scene(rng, (1, 1), 1, 240, "cpu")
     return scene._replace(
-        centre=torch.tensor([[[0.0, 10.0, HEIGHT[shape]]]], dtype=torch.float32),
+        centre=torch.tensor([[[0.0, 10.0, CENTRE_HEIGHT[shape]]]], dtype=torch.float32),
         turn=torch.tensor([[[math.cos(turn), math.sin(turn)]]]),
         half=torch.tensor(HALF[shape : shape + 1], dtype=torch.float32),
         radius=torch.tensor(RADIUS[shape : shape + 1], dtype=torch.float32),
         narrow=torch.tensor(NARROW[shape : shape + 1], dtype=torch.float32),
         round=torch.tensor([1.0 if shape == 1 else 0.0]),
-        reach=torch.tensor(REACH[shape : shape + 1], dtype=torch.float32),
+        reach=torch.tensor(BOUND[shape : shape + 1], dtype=torch.float32),
     )
 
 
@@ -92,7 +92,7 @@ def test_cylinder_corner_is_no_cube_corner():
 )
 def test_mask_of_an_object_straight_ahead_worked_by_hand(shape, rows, columns):
     scene = one_object(shape)._replace(
-        eye=torch.tensor([0.0, 0.0, float(HEIGHT[shape])]),
+        eye=torch.tensor([0.0, 0.0, float(CENTRE_HEIGHT[shape])]),
         axes=torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
         focal=300.0,
     )
@@ -125,7 +125,7 @@ def test_label_leaves_out_rows_narrower_than_a_share_of_the_widest():
 )
 def test_label_of_a_sphere_is_smaller_the_closer_it_is(distance, radius):
     for offset, expected in ((radius - 0.001, True), (radius + 0.001, False)):
-        start = torch.tensor([[offset, 10.0 - distance, float(HEIGHT[1])]])
+        start = torch.tensor([[offset, 10.0 - distance, float(CENTRE_HEIGHT[1])]])
         rays = Rays(start, torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
         one = torch.tensor([0])
         shown = in_label(one_object(1), rays, one, (1, 1), one, one, one)
