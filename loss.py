@@ -46,7 +46,8 @@ def frame_losses(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
 
 def one_hot_factors() -> Tensor:
     """Return what every id is, (49, 13): 1 at its shape, its material and its colour."""
-    table, ids, start = torch.zeros(NUM_CLASSES, sum(FACTOR_SIZES)), torch.arange(1, NUM_CLASSES), 0
+    table = torch.zeros(NUM_CLASSES, sum(FACTOR_SIZES), device="cpu")  # where that is not default
+    ids, start = torch.arange(1, NUM_CLASSES, device="cpu"), 0
     for factor, size in zip(factors(ids), FACTOR_SIZES, strict=True):
         table[ids, start + factor] = 1
         start += size

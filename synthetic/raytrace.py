@@ -239,6 +239,7 @@ def in_label(
     `hit` (M,) is the object that a ray meets first, or -1; `ray` and `which` are all pairs that
     meet, so that an outline is that of the whole object, whatever hides it.
     """
+    # How wide each object's outline is in each row, and whether that is wide enough for a label.
     n = len(scene.narrow)
     width = torch.bincount(row[ray] * n + which, minlength=math.prod(size) * n).view(*size, n)
     wide = width >= scene.narrow * width.amax(1, keepdim=True)
@@ -265,6 +266,7 @@ def render_frames(
         u, v = (column - width / 2) / scene.focal, (row - height / 2) / scene.focal
         return unit(forward + u[..., None] * right - v[..., None] * up)
 
+    # The ground behind every pixel, in blocks of CELL x CELL pixels, lit and shadowed.
     pixel = torch.arange(height * width, device=device)
     cells = pixel.view(height // CELL, CELL, width // CELL, CELL).transpose(1, 2)
     cells = cells.reshape(-1, CELL * CELL)
@@ -272,11 +274,13 @@ def render_frames(
     ground = scene.eye - view * (scene.eye[2] / view[:, 2:])
     picture = ground_light(scene, ground, cells, frames, points)
 
-    # Blocks of pixels that an object may touch are seen through 2 x 2 rays per pixel.
+    # The blocks that an object may touch, found by the ray through their middle.
     middle = unit(view[cells].mean(1)).repeat(len(frames), 1)
     rays = Rays(scene.eye.expand_as(middle), middle, frames.repeat_interleave(len(cells)))
     block, which = near(scene, rays, slack=30 * 0.71 * CELL / scene.focal)  # seen 30 units away
     blocks, pair = block.unique(return_inverse=True)
+
+    # Their pixels are seen through 2 x 2 rays each; which object does each ray meet first?
     slot, pixel = blocks // len(cells), cells[blocks % len(cells)]
     per_block, sub = 4 * CELL * CELL, torch.arange(4, device=device)
     row = (2 * (pixel // width)[..., None] + sub // 2).flatten()  # in half pixels
@@ -287,6 +291,8 @@ def render_frames(
     which = which.repeat_interleave(per_block)
     met = intersect(scene, rays.take(pair), which)
     t, hit = first_hit(pair, which, met, rays)
+
+    # A pixel is the mean of its rays: objects, and the ground for the share that meets none.
     m = (hit >= 0).nonzero()[:, 0]
     colour = torch.zeros_like(view)
     colour[m] = shade(scene, rays.take(m), t[m], hit[m], random).clamp(max=1)  # glints are no blots
