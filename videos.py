@@ -199,20 +199,18 @@ def _check_shape(path: Path, width: int, height: int) -> None:
 
 def _has_all_rows(png: bytes) -> bool:
     """Return whether the pixels of a PNG that Pillow has decoded go on to its last row."""
-    at, packed = 8, []
+    at, packed = 8, b""
     while (name := png[at + 4 : at + 8]) not in (b"IEND", b""):
         end = at + 8 + int.from_bytes(png[at : at + 4])
-        if name == b"IHDR" and not packed:  # a later one does not count, and may claim anything
-            width, height, depth, colour, *_, way = struct.unpack(">IIBBBBB", png[at + 8 : at + 21])
-        elif name == b"IDAT":
-            packed.append(png[at + 8 : end])
+        packed += png[at + 8 : end] if name == b"IDAT" else b""
         at = end + 4
+    width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", png[16:29])
     need = 0
-    for step_x, step_y, x, y in PASSES[way]:
+    for step_x, step_y, x, y in PASSES[interlaced]:
         wide, high = -(-(width - x) // step_x), -(-(height - y) // step_y)
         if wide > 0 and high > 0:
             need += high * (1 + -(-wide * depth * CHANNELS[colour] // 8))  # a row and its filter
-    return len(zlib.decompressobj().decompress(b"".join(packed), need)) == need
+    return len(zlib.decompressobj().decompress(packed, need)) == need
 
 
 def read_mask(folder: str | Path) -> np.ndarray | None:

@@ -33,9 +33,8 @@ import render
 import utils
 from augment import augment
 from batches import ShardedBatches, make_loaders
-from bench.speed import calls_for, timed
 from dataset import CLEVRDataset, split_videos
-from labelling import BATCH_SIZE, Labeller, label_videos
+from labelling import Labeller, label_videos
 from model import UNet
 from optim import MuonAdamW
 from outputs import Outputs, provenance
@@ -47,7 +46,6 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 VIDEOS, SEED, OBJECTS = 2, 7, (4, 8)  # what is rendered to look at
 STEP_FRAMES, STEP_RATE = 16, 1e-3  # of a training step: train.py's batch; a quarter of its rate
-RATE_SECONDS = 2.0  # of each rate
 PATIENCE = 60  # seconds that two processes may take
 
 # Of labels: the share of the object pixels that may differ. Of bfloat16, whose numbers have eight
@@ -252,40 +250,6 @@ def run_alone(command: list[str]) -> str:
     return output
 
 
-def rates(case: Case) -> Finding:
-    """Measure the frames/s of labelling and of training, of frames in memory."""
-    device = case.device
-    labeller = Labeller(UNet.load(case.ckpt), device)
-    frames, masks = torch.cat(case.frames), torch.cat(case.masks)
-    batch = frames[:BATCH_SIZE].to(device)
-
-    def look() -> None:
-        with devices.mixed_precision(device):
-            labeller.model.predict(batch)
-
-    def follow() -> None:
-        labeller.label([frames[:BATCH_SIZE]])
-
-    learner = UNet.load(case.ckpt).to(device, memory_format=torch.channels_last).train()
-    optimizer = MuonAdamW(learner)
-    lesson = [part[:STEP_FRAMES].to(device) for part in (frames, masks)]
-
-    def learn() -> None:
-        with devices.mixed_precision(device):
-            loss = learner(*augment(*lesson))
-        loss.backward()
-        optimizer.step(1e-6)
-
-    found = []
-    for call, number in ((look, len(batch)), (follow, len(batch)), (learn, len(lesson[0]))):
-        seconds = timed(call, calls_for(RATE_SECONDS, call, device), device)
-        found.append(f"{number / seconds:,.0f}")
-    text = (
-        "{} frames/s by the network alone, {} with objects followed in one thread, {} in training"
-    )
-    return True, text.format(*found)
-
-
 CHECKS: dict[str, Callable[[Case], Finding]] = {
     "labels in float32": lambda case: compare_labels(case, full=True),
     "labels in bfloat16": lambda case: compare_labels(case, full=False),
@@ -293,7 +257,6 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "a training step in bfloat16": lambda case: compare_step(case, full=False),
     "resume": resume,
     "two processes": two_processes,
-    "rates": rates,
 }
 
 

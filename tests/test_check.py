@@ -29,7 +29,6 @@ def write_short_videos(folder: Path) -> None:
 def short(monkeypatch):
     """Let a check take seconds."""
     monkeypatch.setattr(check, "render_videos", write_short_videos)
-    monkeypatch.setattr(check, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(batches, "EPOCH_STEPS", 1)
 
 
@@ -63,7 +62,7 @@ PRETENDED = """
 import batches, benchmark, test_check, utils
 from bench import check
 batches.EPOCH_STEPS = 1
-check.render_videos, check.RATE_SECONDS = test_check.write_short_videos, 0.0
+check.render_videos = test_check.write_short_videos
 utils.run_script(benchmark.main)
 """
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, make_video
 
@@ -17,13 +18,22 @@ def test_python_of_the_readme_runs(tmp_path):
     start = (
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
     )
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     code = (
         start
         + "\n".join(BLOCKS)
         + "\nassert loss.isfinite() and objects.labels.shape == (2, 32, 48)"
     )
+    pytest.importorskip("onnxscript")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "clevr_unet.onnx").is_file()
+
+
+def test_the_readme_shows_every_file():
+    tree = (ROOT / "README.md").read_text().split("## How it works")[1].split("```")[1]
+    assert {path.name for path in ROOT.glob("*.py")} == set(re.findall(r"\b\w+\.py", tree)) - {
+        "X.py"
+    }
