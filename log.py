@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from devices import Processes
 from files import atomic_write, named
-from page.pictures import draw_columns
 from utils import UserError
 
 FIELDS = (
@@ -148,9 +148,8 @@ class Log:
         """Return whether the last picture is so long ago that another costs next to nothing."""
         return time.monotonic() - self.drawn > DRAW_EVERY
 
-    def draw(self, epoch: int, frames: Tensor, truth: Tensor, labels: Tensor) -> None:
-        """Show frames (N, 3, H, W) over true ids (N, H, W) over predicted ones, in TensorBoard."""
-        picture = draw_columns(frames, truth, labels)
+    def draw(self, epoch: int, picture: np.ndarray) -> None:
+        """Show frames over true labels over predicted ones, uint8 (H, W, 3), in TensorBoard."""
         with named(self.folder):
             self.board.add_image("frames, truth, prediction", picture, epoch, dataformats="HWC")
             self.board.flush()

@@ -40,6 +40,7 @@ from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
 from optim import scaled_rate, update_bn, update_ema
+from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
 from runs import BEST, LAST, LOOK_EVERY, Keeper, Run
 from utils import UserError, at_least, log_header, make_parser, run_script, seed_everything
@@ -335,7 +336,7 @@ def draw_examples(log: Log, run: Run, data: CLEVRDataset) -> None:
     model = for_labelling(copy.deepcopy(run.ema), device)
     with mixed_precision(device):
         labels = model.predict(frames.to(device))
-    log.draw(run.epoch, frames, truth, labels.cpu())
+    log.draw(run.epoch, draw_columns(frames, truth, labels.cpu()))
 
 
 def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
