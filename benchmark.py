@@ -10,12 +10,12 @@ networks   parameters, multiply-adds; inference (bytes to labels) and training (
 scripts    infer.py and train.py end to end, over their network alone and their reading alone
 memory     peak of each network in a process of its own; of infer.py on 20 and on 2,000 videos
 --minutes  trains each network that long with train.py's recipe; its validation mIoU, frame by frame
-           and through objects.py, and after how many minutes it saw 0.9 of the objects (quality.py)
+           and through objects.py, and after how many minutes it saw 0.9 of the objects
 
-What is compared runs in one process in turns, A B A B ..., and the figures are medians: that is in
-speed.py, which holds the clock, while memory, which needs none, is here. "ours" is
-`UNet()`, "classic" the UNet of 2015, smp segmentation-models-pytorch, the rest torchvision, all in
-peers.py; none is pretrained, and for inference all have their batch normalisation folded. "fp32" is
+What is compared runs in one process in turns, A B A B ..., and the figures are medians: speed.py of
+bench/ holds the clock. "ours" is `UNet()`, "classic" the UNet of 2015, smp
+segmentation-models-pytorch, the rest torchvision, all in bench/peers.py; none is pretrained, and
+for inference all have their batch normalisation folded. "fp32" is
 PyTorch's default (convolutions on CUDA use TF32), "bf16" what the scripts do where the hardware has
 it.
 """
@@ -23,7 +23,6 @@ it.
 import argparse
 import contextlib
 import copy
-import json
 import re
 import sys
 import tempfile
@@ -55,8 +54,8 @@ from bench.speed import (
 )
 from checkpoints import SHIPPED
 from model import UNet
+from optim import USUAL_BATCH
 from render import DEMO_DATA, render_demo
-from train import BATCH_SIZE
 from videos import Video, find_videos
 
 try:
@@ -250,7 +249,7 @@ def main() -> int:
     args = parse_args()
     device = devices.choose_device(args.device)
     batch_size = args.batch_size or (64 if device.type != "cpu" else 4)
-    train_batch = max(BATCH_SIZE, batch_size)
+    train_batch = max(USUAL_BATCH, batch_size)
     header = utils.log_header(device)
     print(header, flush=True)
     if args.check:
@@ -277,8 +276,7 @@ def main() -> int:
             result[part] = measure()
             print(f"\n{table(result[part], TABLES[part])}", flush=True)
             if args.json:  # after every part: the next may take hours
-                with files.atomic_write(args.json) as file:
-                    file.write(f"{json.dumps(result, indent=1)}\n".encode())
+                files.write_json(args.json, result, indent=1)
     return 0
 
 

@@ -87,7 +87,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}: give a file that train.py wrote")
     try:
         _must_not_swell(path)
-        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+        with warnings.catch_warnings(action="ignore"):  # torch warns of files that are refused here
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         _must_be_plain(checkpoint, path.stat().st_size)
     except Exception as error:  # torch raises half a dozen types for files that are not its own

@@ -83,11 +83,12 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     Videos with faulty labels are named on stderr and left out.
 
     Raises:
-        UserError: a prediction is missing or faulty, or there is nothing to score.
+        UserError: a prediction is missing, faulty or of another size than the truth, or there is
+            nothing to score.
     """
     tally, missing, skipped = Tally(), [], 0
     for video in find_videos(data):
-        name = video.path.relative_to(data)  # "." if `data` is itself a video
+        name = video.target  # "." if `data` is itself a video
         try:
             truth = read_labels(video.path, len(video.names))
         except UserError as error:

@@ -86,8 +86,8 @@ class Progress:
         asked = time.perf_counter()
         for batch in self.bar:
             self.waited += time.perf_counter() - asked
-            yield batch
             self.frames += len(batch[0])
+            yield batch
             asked = time.perf_counter()
 
     def show(self, loss: float, left: str) -> None:

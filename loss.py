@@ -27,7 +27,8 @@ def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss (a scalar) of what `answers` says of frames.
 
     Args:
-        answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes.
+        answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes; of
+            the last (B, 1, H, W) and (B, 13, H/2, W/2).
         mask: Ids (B, H, W), any integer type.
         one_hot: `one_hot_factors()` on the same device.
     """

@@ -32,7 +32,10 @@ MAX_STAGES = 8  # whose cells are 256 pixels, to which frames are filled up
 
 
 class Answer(NamedTuple):
-    """What one stage of the decoder says of its cells, squares of pixels."""
+    """What one stage of the decoder says of its cells, squares of pixels.
+
+    At the finest stage, objectness is of pixels, (B, 1, H, W), attributes of cells of 2 x 2.
+    """
 
     objectness: Tensor  # (B, 1, h, w) logit of "there is an object"
     attributes: Tensor  # (B, 13, h, w) logits of 3 shapes, 2 materials and 8 colours
@@ -82,7 +85,9 @@ class Head(nn.Conv2d):
         self.pixels = pixels
 
     def forward(self, x: Tensor, coarse: Answer | None) -> Answer:
-        """Return the answer for cells (B, in_channels, h, w), which corrects a `coarse` one.
+        """Return the answer for cells (B, in_channels, h, w).
+
+        It corrects `coarse`, that of cells twice as wide: (B, 1, h/2, w/2), (B, 13, h/2, w/2).
 
         Objectness has the resolution of pixels, (B, 1, 2h, 2w), where cells have several.
         """
@@ -189,15 +194,15 @@ class UNet(nn.Module):
         """
         height, width = frames.shape[-2:]
         x = self._fold(frames)  # (B, 16, H/2, W/2), H and W rounded up to self.multiple
-        x = self.encoder[0](x)  # (B, widths[0], H/2, W/2)
+        x = self.encoder[0](x)  # (B, 32, H/2, W/2) with the default widths, as below
         skips = []
         for stage in self.encoder[1:]:
             skips.append(x)
-            x = stage(F.max_pool2d(x, 2))  # (B, widths[i], H/2^(i+1), W/2^(i+1))
+            x = stage(F.max_pool2d(x, 2))  # 48 channels at H/4, 96 at H/8, 160 at H/16
         answers: list[Answer] = []
         answer, cell = None, self.multiple  # pixels that a cell is wide
         for up, layer, head in zip(self.up, self.decoder, self.heads, strict=True):
-            x = layer(up(x) + skips.pop())  # (B, widths[i], H/2^(i+1), W/2^(i+1))
+            x = layer(up(x) + skips.pop())  # 96 channels at H/8, 48 at H/4, 32 at H/2
             answer, cell = head(x, answer), cell // 2
             pixel = 1 if head.pixels > 1 else cell
             objectness = _cut(answer.objectness, height, width, pixel)

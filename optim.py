@@ -11,6 +11,7 @@ from devices import Processes, has_bfloat16, mixed_precision
 
 WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
 EMA_DECAY = 0.995  # of the average of the weights, a step
+USUAL_BATCH = 16  # frames, for which learning rates are given
 MOMENTUM = 0.95  # Jordan et al.'s
 WEIGHT_DECAY = 0.02  # of the learning rate, a step
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s: steep at 0, so that 5 steps do
@@ -27,7 +28,7 @@ def scaled_rate(learning_rate: float, batch_size: int) -> float:
     As for AdamW (Malladi et al. 2022, https://arxiv.org/abs/2205.10287), but to twice at most: no
     batch as large as that has been tried here.
     """
-    return learning_rate * min(2.0, max(1.0, batch_size / 16) ** 0.5)
+    return learning_rate * min(2.0, max(1.0, batch_size / USUAL_BATCH) ** 0.5)
 
 
 @torch.no_grad()

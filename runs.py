@@ -61,6 +61,7 @@ class Run:
         learning_rate: float = 1e-3,
         l2_sp: float = 0.0,
         seed: int = 0,
+        facts: dict[str, Any] | None = None,
         resume: Path | None = None,
     ) -> "Run":
         """Return a run that begins with the weights of `model`, or goes on from a checkpoint.
@@ -74,6 +75,7 @@ class Run:
             learning_rate: The highest.
             l2_sp: As of MuonAdamW.
             seed: Of its steps.
+            facts: What else a checkpoint says.
             resume: A `Unet_checkpoint_last.pt` to go on from, in the midst of an epoch if it was
                 saved there; where there is none, the run begins.
 
@@ -89,6 +91,7 @@ class Run:
             total_steps=num_epochs * epoch_steps,
             highest_rate=learning_rate,
             seed=seed,
+            facts=dict(facts or {}),
             loss=MeanLoss(processes),
         )
         if resume and resume.exists():

@@ -39,20 +39,19 @@ from devices import Processes, choose_device, compile_network, mixed_precision
 from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
-from optim import scaled_rate, update_bn, update_ema
+from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
 from runs import BEST, LAST, LOOK_EVERY, Keeper, Run
 from utils import UserError, at_least, log_header, make_parser, run_script, seed_everything
 
-BATCH_SIZE = 16  # frames of a step
-RATES = 4e-3, 1e-3  # highest, of steps of so many frames: from nothing, from trained weights
+RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
-L2_SP = 1300  # over the training frames, as of MuonAdamW: the fewer, the closer to where it began
-BN_STEPS = 10  # or a tenth of the epoch: whose batches are shown once more
+L2_SP = 1300  # strength of MuonAdamW's pull to the initial weights, times the training frames
+BN_STEPS = 10  # batches that gather the batch statistics of the average, or a tenth of the epoch
 FROM_NOTHING = Path("none")  # of --init
 SHOWN = 3  # validation frames in TensorBoard
-BLIND_STEPS = 100  # after which a network that sees no object is warned of
+BLIND_STEPS = 100  # steps after which a warning says that the network sees no object
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,14 +67,14 @@ def parse_args() -> argparse.Namespace:
     add(
         "--batch-size",
         type=at_least(1),
-        default=BATCH_SIZE,
+        default=USUAL_BATCH,
         help="frames a step, of all processes together (default: %(default)s)",
     )
     add(
         "--learning-rate",
         type=float,
-        help="highest (default: 4e-3, or 1e-3 from trained weights; times the square root of "
-        "batch size / 16 where that is more than 1, at most twice)",
+        help=f"highest (default: {RATES[0]:g}, or {RATES[1]:g} from trained weights; times the "
+        f"square root of batch size / {USUAL_BATCH} where that is more than 1, at most twice)",
     )
     add(
         "--init",
@@ -120,11 +119,13 @@ def main() -> None:
     processes = Processes(choose_device(args.device))
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
-    processes.say(log_header(device))
-    if processes.first and args.data == DEMO_DATA:
-        render_demo()
+    if processes.first:
+        print(log_header(device), flush=True)
+        if args.data == DEMO_DATA:
+            render_demo()
     processes.wait()
 
+    model, init = build_model(args.init, args.data, args.widths, processes)
     train_videos, val_videos = split_videos(args.data, args.seed)
     training = CLEVRDataset(train_videos, cache=not args.no_cache)
     validation = CLEVRDataset(val_videos, cache=not args.no_cache)
@@ -135,8 +136,6 @@ def main() -> None:
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
-
-    model, init = build_model(args.init, args.data, args.widths, processes)
     run = Run.open(
         model,
         processes,
@@ -146,19 +145,20 @@ def main() -> None:
         learning_rate=args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size),
         l2_sp=L2_SP / len(training) if init else 0.0,
         seed=args.seed,
+        facts={
+            "data": str(args.data.resolve()),
+            "seed": args.seed,
+            "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
+        },
         resume=args.out / LAST if args.resume else None,
     )
-    run.facts |= {
-        "data": str(args.data.resolve()),
-        "seed": args.seed,
-        "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
-    }
     processes.say(first_words(run, init, args.num_epochs))
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
     train_epochs(run, loader, val_loader, args.num_epochs, args.out)
-    processes.say(last_words(args.out, args.data))
+    if processes.first:
+        print(last_words(args.out, args.data))
 
 
 def build_model(
@@ -167,11 +167,11 @@ def build_model(
     """Return the network to train, on its device, and the file that its weights come from.
 
     Args:
-        init: What --init says; None: the shipped weights, if they are there and `data` and
-            `widths` do not speak against them.
+        init: What --init says; None: the shipped weights, if they are there, `data` is not the
+            rendered default and `widths` is not given.
         data: What to learn from.
         widths: What --widths says.
-        processes: Of which the first one speaks.
+        processes: Those of this run; the first one prints.
 
     Raises:
         UserError: what --init names cannot be read, or is another network than `widths` says.

@@ -23,9 +23,11 @@ GIVE_LESS = (
 )
 GET_RIGHT = "get the right to it, or give another path"
 MOVE_FILE = "move away the file that is where a folder has to be, or give another path"
-NO_MEMORY = (  # RuntimeErrors of torch that mean so, on a CPU, and of a reader that was killed
+NO_MEMORY = (  # RuntimeErrors of torch and Python that mean so
     "can't allocate memory",
-    "DataLoader worker (pid",
+    "could not create a",  # oneDNN's primitive or memory
+    "can't start new thread",
+    "DataLoader worker (pid",  # was killed, or found /dev/shm full
 )
 CURES = {  # of what the system refuses
     errno.ENOSPC: MAKE_ROOM,

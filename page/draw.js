@@ -73,13 +73,13 @@ function draw(canvas, video, frame, layer, only = null) {
     if (layer) lay(picture(video, SHEETS[layer]), false);
     const scale = wide / width;
     const here = [];
-    for (const thing of objects) {
-        if (only !== null && thing.id !== only) continue;
-        const at = thing.trail.find(([t]) => t === frame);
-        if (element("trails").checked) drawTrail(brush, thing, frame, scale, ratio);
-        if (at) here.push([thing, at]);
+    for (const item of objects) {
+        if (only !== null && item.id !== only) continue;
+        const at = item.trail.find(([t]) => t === frame);
+        if (element("trails").checked) drawTrail(brush, item, frame, scale, ratio);
+        if (at) here.push([item, at]);
     }
-    const names = here.map(([thing]) => PREVIEW.classes[thing.id].name);
+    const names = here.map(([item]) => PREVIEW.classes[item.id].name);
     canvas.setAttribute("aria-label", `frame ${frame}: ${names.join(", ") || "no object"}`);
     if (element("names").checked && layer) drawNames(brush, here, scale, ratio);
 }
@@ -91,8 +91,8 @@ function light(colour) {
 }
 
 // Where the centre of an object has been until now, if it has moved.
-function drawTrail(brush, thing, frame, scale, ratio) {
-    const past = thing.trail.filter(([t]) => t <= frame);
+function drawTrail(brush, item, frame, scale, ratio) {
+    const past = item.trail.filter(([t]) => t <= frame);
     if (!past.some(([, x, y]) => Math.hypot(x - past[0][1], y - past[0][2]) > 3)) return;
     brush.beginPath();
     let last = null;
@@ -105,7 +105,7 @@ function drawTrail(brush, thing, frame, scale, ratio) {
     brush.strokeStyle = "#0008";
     brush.lineWidth = 3 * ratio;
     brush.stroke();
-    brush.strokeStyle = PREVIEW.classes[thing.id].colour;
+    brush.strokeStyle = PREVIEW.classes[item.id].colour;
     brush.lineWidth = 1.5 * ratio;
     brush.stroke();
 }
@@ -117,8 +117,8 @@ function drawNames(brush, here, scale, ratio) {
     brush.textAlign = "center";
     brush.textBaseline = "top";
     const taken = [];
-    for (const [thing, [, x, , y]] of here.sort((a, b) => b[1][3] - a[1][3])) {
-        const name = PREVIEW.classes[thing.id].name;
+    for (const [item, [, x, , y]] of here.sort((a, b) => b[1][3] - a[1][3])) {
+        const name = PREVIEW.classes[item.id].name;
         const half = brush.measureText(name).width / 2 + 3 * ratio;
         const middle = Math.min(Math.max(x * scale, half), brush.canvas.width - half);
         let top = y * scale - high;
@@ -131,7 +131,7 @@ function drawNames(brush, here, scale, ratio) {
         brush.strokeStyle = "#000c";
         brush.lineJoin = "round";
         brush.strokeText(name, middle, top);
-        brush.fillStyle = light(PREVIEW.classes[thing.id].colour);
+        brush.fillStyle = light(PREVIEW.classes[item.id].colour);
         brush.fillText(name, middle, top);
     }
 }

@@ -164,33 +164,33 @@ function fillPanels(video) {
 
 function fillThings(video) {
     const { frames, objects, figures, faults } = video.record;
-    const rows = objects.map((thing) => {
+    const rows = objects.map((item) => {
         const ticks = make("div", { className: "ticks" });
-        for (const [first, last] of spans(thing)) {
+        for (const [first, last] of spans(item)) {
             const tick = make("i");
             tick.style.left = `${(100 * first) / frames}%`;
             tick.style.width = `${(100 * (last - first + 1)) / frames}%`;
-            tick.style.background = PREVIEW.classes[thing.id].colour;
+            tick.style.background = PREVIEW.classes[item.id].colour;
             ticks.append(tick);
         }
         ticks.append(make("b"));
-        const when = spans(thing).map(([a, b]) => (a === b ? a : `${a}–${b}`)).join(", ");
+        const when = spans(item).map(([a, b]) => (a === b ? a : `${a}–${b}`)).join(", ");
         const row = make(
             "tr", {},
-            make("td", {}, swatch(thing.id), PREVIEW.classes[thing.id].name),
+            make("td", {}, swatch(item.id), PREVIEW.classes[item.id].name),
             make("td", { className: "seen" }, ticks),
             make("td", {}, when),
-            make("td", { className: "number" }, percent(thing.doubt)),
-            make("td", { className: "number" }, figure(thing.iou))
+            make("td", { className: "number" }, percent(item.doubt)),
+            make("td", { className: "number" }, figure(item.iou))
         );
         row.onclick = () => {
-            chosen = chosen === thing.id ? null : thing.id;
-            for (const other of element("things").rows) other.classList.toggle("chosen", other === row && chosen !== null);
+            chosen = chosen === item.id ? null : item.id;
+            for (const other of element("items").rows) other.classList.toggle("chosen", other === row && chosen !== null);
             drawLarge();
         };
         return row;
     });
-    element("things").replaceChildren(...rows);
+    element("items").replaceChildren(...rows);
     const facts = [`${frames} frames, ${objects.length} objects`];
     if (figures) {
         facts.push(`mIoU ${figure(figures.miou)}`, `SQ ${figure(figures.sq)}`);
@@ -200,9 +200,9 @@ function fillThings(video) {
 }
 
 // First and last frames of the stretches in which an object is seen.
-function spans(thing) {
+function spans(item) {
     const found = [];
-    for (const [t] of thing.trail) {
+    for (const [t] of item.trail) {
         if (found.length && found.at(-1)[1] === t - 1) found.at(-1)[1] = t;
         else found.push([t, t]);
     }
@@ -215,7 +215,7 @@ function drawLarge() {
         draw(canvas, large, position, canvas.dataset.layer, chosen);
     element("position").value = position;
     element("frame").textContent = `frame ${position} of ${frames - 1}`;
-    for (const mark of element("things").querySelectorAll("b")) mark.style.left = `${(100 * (position + 0.5)) / frames}%`;
+    for (const mark of element("items").querySelectorAll("b")) mark.style.left = `${(100 * (position + 0.5)) / frames}%`;
 }
 
 function go(frame) {

@@ -76,7 +76,7 @@ def test_what_killed_writers_leave_goes_when_the_file_is_written_again(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy"}
 
 
-def test_what_is_being_written_is_no_scrap(tmp_path):
+def test_what_is_being_written_is_no_leftover(tmp_path):
     path = tmp_path / "mask.npy"
     writer = start_writer(path)
     with atomic_write(path) as file:
@@ -107,7 +107,7 @@ def test_a_file_that_is_swept_away_before_it_is_locked_is_begun_anew(tmp_path, m
 
 
 @pytest.mark.parametrize("missing", ["locks", "module"])
-def test_without_locks_nothing_is_taken_for_a_scrap(tmp_path, monkeypatch, missing):
+def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch, missing):
     def refuse(lock, how):
         raise OSError(37, "No locks available")
 

@@ -19,17 +19,17 @@ from loss import (
 SIZES = [(64, 96), (37, 53), (16, 16)]
 
 
-def plain_loss(stages: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
+def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
     """The definition, pixel by pixel."""
     total = torch.zeros(())
-    for i, (thing, kind) in enumerate(stages):
-        finest = i == len(stages) - 1
-        ids = mask if finest else middle_ids(mask, thing)
+    for i, (objectness, attributes) in enumerate(answers):
+        finest = i == len(answers) - 1
+        ids = mask if finest else middle_ids(mask, objectness)
         inside = ids > 0
-        part = F.binary_cross_entropy_with_logits(thing[:, 0].float(), inside.float())
+        part = F.binary_cross_entropy_with_logits(objectness[:, 0].float(), inside.float())
         part = part * BACKGROUND_WEIGHT
         if inside.any():
-            logits = at_pixels(kind, inside).float().split(FACTOR_SIZES, dim=1)
+            logits = at_pixels(attributes, inside).float().split(FACTOR_SIZES, dim=1)
             for answer, truth in zip(logits, factors(ids[inside].long()), strict=True):
                 part = part + F.cross_entropy(answer, truth)
         total = total + (1 if finest else COARSE_WEIGHT) * part
@@ -44,15 +44,15 @@ def at_pixels(cells: Tensor, where: Tensor) -> Tensor:
 
 
 def answers(size: tuple[int, int], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """Two coarse stages and a fine one, whose kinds are of cells of 2 x 2 pixels."""
+    """Two coarse stages and a fine one, whose attributes are of cells of 2 x 2 pixels."""
     cells = [(-(-size[0] // w), -(-size[1] // w)) for w in (8, 4, 2)]
-    things = [*cells[:2], size]
+    sizes = [*cells[:2], size]
     return [
         (
-            (scale * torch.randn(3, 1, *thing)).requires_grad_(),
+            (scale * torch.randn(3, 1, *objectness)).requires_grad_(),
             (scale * torch.randn(3, 13, *cell)).requires_grad_(),
         )
-        for thing, cell in zip(things, cells, strict=True)
+        for objectness, cell in zip(sizes, cells, strict=True)
     ]
 
 
@@ -68,9 +68,9 @@ def masks(size: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_it_is_the_plain_one_and_so_are_its_gradients(size, scale):
     torch.manual_seed(0)
-    stages, mask = answers(size, scale), masks(size)
-    leaves = [part for stage in stages for part in stage]
-    found, expected = loss(stages, mask, one_hot_factors()), plain_loss(stages, mask)
+    found_by, mask = answers(size, scale), masks(size)
+    leaves = [part for stage in found_by for part in stage]
+    found, expected = loss(found_by, mask, one_hot_factors()), plain_loss(found_by, mask)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(
         torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
@@ -81,21 +81,24 @@ def test_it_is_the_plain_one_and_so_are_its_gradients(size, scale):
 @pytest.mark.parametrize("size", SIZES)
 def test_frames_have_the_loss_of_each_alone(size):
     torch.manual_seed(1)
-    stages, mask = answers(size), masks(size)
-    found = frame_losses(stages, mask, one_hot_factors())
+    found_by, mask = answers(size), masks(size)
+    found = frame_losses(found_by, mask, one_hot_factors())
     alone = [
-        plain_loss([(thing[i : i + 1], kind[i : i + 1]) for thing, kind in stages], mask[i : i + 1])
+        plain_loss(
+            [(objectness[i : i + 1], attributes[i : i + 1]) for objectness, attributes in found_by],
+            mask[i : i + 1],
+        )
         for i in range(len(mask))
     ]
     torch.testing.assert_close(found, torch.stack(alone), rtol=1e-6, atol=0)
 
 
 def test_without_an_object_what_it_is_teaches_nothing():
-    stages, mask = answers((16, 16)), torch.zeros(3, 16, 16, dtype=torch.uint8)
-    loss(stages, mask, one_hot_factors()).backward()
-    for thing, kind in stages:
-        assert not kind.grad.any()
-        assert thing.grad.isfinite().all()
+    found_by, mask = answers((16, 16)), torch.zeros(3, 16, 16, dtype=torch.uint8)
+    loss(found_by, mask, one_hot_factors()).backward()
+    for objectness, attributes in found_by:
+        assert not attributes.grad.any()
+        assert objectness.grad.isfinite().all()
 
 
 def test_what_an_id_is_by_hand():

@@ -79,7 +79,7 @@ def test_weights_are_pulled_to_where_they_began_also_after_going_on():
     assert off(resumed) == pytest.approx([0.7] * 4, abs=1e-3)
 
 
-def test_settled_statistics_are_those_of_what_is_shown():
+def test_statistics_are_those_of_what_is_shown():
     torch.manual_seed(0)
     model = UNet([4, 6])
     for module in model.modules():

@@ -248,7 +248,7 @@ def test_a_run_that_starts_beside_another_finds_its_record(first_look, tmp_path,
     assert (tmp_path / "video_0").exists()
 
 
-def test_scraps_of_videos_that_are_there_go(rendered, tmp_path):
+def test_leftovers_of_videos_that_are_there_go(rendered, tmp_path):
     """As of a run that was killed after another had finished its video, twice over."""
     shutil.copytree(rendered, tmp_path / "two")
     for name in (".video_0.0123abcd.partial", ".video_7.0123abcd.partial"):

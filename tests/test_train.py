@@ -147,6 +147,7 @@ def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, video
     for name in ("epoch_6", "best", "last"):
         path = f"Unet_checkpoint_{name}.pt"
         assert same(weights(finished / path), weights(tmp_path / path)), name
+        assert (finished / path).read_bytes() == (tmp_path / path).read_bytes(), name
     assert figures(finished) == figures(tmp_path)
 
 
@@ -497,8 +498,8 @@ def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monk
 
 def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
     figures = {"foreground_iou": 0.0, "pixels": {"background": 9, CLASS_NAMES[3]: 1}}
-    told = [step for step in range(20, 400, 20) if train.blind_warning(figures, step, 20, 400)]
-    assert told == [100]
+    warned = [step for step in range(20, 400, 20) if train.blind_warning(figures, step, 20, 400)]
+    assert warned == [100]
     assert [step for step in (20, 40, 60) if train.blind_warning(figures, step, 20, 60)] == [60]
     assert not train.blind_warning(figures | {"foreground_iou": 0.01}, 100, 20, 400)
     figures["pixels"][CLASS_NAMES[3]] = 0
