@@ -1,4 +1,4 @@
-"""The frames of CLEVR videos as a Dataset, its cache, and how they are split and shared out.
+"""The frames of CLEVR videos as a Dataset, its cache, and how they are split.
 
     python dataset.py data/demo              # what is in this folder, and what is wrong with it
 
@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,11 +22,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from classes import CLASS_NAMES, NUM_CLASSES
+from decode import read_frame
 from devices import in_threads
 from files import atomic_write, delete_leftovers, digest, file_state
 from utils import UserError, make_parser, run_script
 from videos import (
     MASK,
+    MASKS,
+    Frame,
     Video,
     VideoReport,
     find_labelled,
@@ -35,13 +38,14 @@ from videos import (
     list_video,
     load_video,
     odd_sizes,
-    read_frame,
+    read_frames,
     read_mask,
     read_video,
     size_text,
 )
 
 OPEN_MASKS = 256  # files that stay open where there is no cache; often 1024 are allowed
+OF_OTHER_PROCESSES = []  # clips that a process was forked with
 BAR = {"leave": False, "disable": None, "unit": "video"}  # no progress bar in a log file
 logger = logging.getLogger(__name__)
 
@@ -58,12 +62,12 @@ class CLEVRDataset(Dataset):
     the second of two materials and the fifth of eight colours: a brown rubber sphere (classes.py).
 
     Args:
-        path: a folder, of which every labelled video is taken, or a list of video folders.
+        path: a folder, of which every labelled video is taken, or a list of folders or Videos.
         transform: transform(image, mask) returns both, changed jointly (torchvision v2, whose
             tv_tensors Image and Mask it is given); with labelled=False, transform(image).
         labelled: True takes the videos with mask.npy and checks them whole: one with a fault is
             named on stderr and kept with the reason in `skipped`, out of the data. False takes
-            every video, neither checks nor caches, and an item is the frame alone.
+            every video, clips too, neither checks nor caches, and an item is the frame alone.
         cache: where decoded videos are kept as raw bytes, 3.4 MB for 22 frames of 240 x 160; True
             is clevr-unet in $XDG_CACHE_HOME or ~/.cache, False decodes each time. A file holds one
             video and is named after its path and the sizes and times of its PNGs and mask, so all
@@ -74,13 +78,12 @@ class CLEVRDataset(Dataset):
 
     Attributes:
         videos: Those that are used, as `videos.Video`, in natural order.
-        index: (N, 2), of each item the position in `videos` and the frame within that video.
         skipped: What is wrong with the others, by their folder.
     """
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: str | Path | Sequence[str | Path | Video],
         transform: Callable | None = None,
         labelled: bool = True,
         cache: str | Path | bool = True,
@@ -98,15 +101,27 @@ class CLEVRDataset(Dataset):
         for reason in self.skipped.values():
             logger.warning("skipped %s", reason)
         self.videos = [video for video in videos if video.path not in self.skipped]
-        if not any(video.names for video in self.videos):
+        if not any(video.names or video.is_clip for video in self.videos):
             where = path if isinstance(path, (str, Path)) else ", ".join(map(str, path[:3]))
             what = "labelled video without fault" if labelled else "frame"
             raise UserError(
                 f"{where or 'an empty list'}: no {what}, see what python dataset.py says."
             )
-        lengths = [len(video.names) for video in self.videos]
-        pairs = [np.arange(n) for n in lengths]
-        self.index = np.stack([np.repeat(np.arange(len(pairs)), lengths), np.concatenate(pairs)], 1)
+        self._index: np.ndarray | None = None
+        self._clip: tuple[int, int, Iterator[Frame]] | None = None  # process, video, what is next
+        self._next = 0  # frame of that
+
+    @property
+    def index(self) -> np.ndarray:
+        """(N, 2), of each item the position in `videos` and the frame within that video.
+
+        Clips are opened for their number of frames when this is first asked for.
+        """
+        if self._index is None:
+            lengths = [video.count() for video in self.videos]
+            frames = np.concatenate([np.arange(length) for length in lengths])
+            self._index = np.stack([np.repeat(np.arange(len(lengths)), lengths), frames], axis=1)
+        return self._index
 
     def _list(self, videos: Sequence[str | Path | Video]) -> list[Video]:
         """Return videos with the names of their frames; a folder that cannot be read is skipped."""
@@ -160,7 +175,7 @@ class CLEVRDataset(Dataset):
         self._cached = {video.path: (files[video], shape) for video, shape in whole.items()}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_opened": {}}  # a worker process opens its own
+        return self.__dict__ | {"_opened": {}, "_clip": None}  # a worker process opens its own
 
     def __len__(self) -> int:
         return len(self.index)
@@ -168,7 +183,8 @@ class CLEVRDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | Tensor:
         v, t = self.index[i]
         if not self.labelled:
-            sample = [read_frame(self.videos[v].frames[t])]
+            clip = self.videos[v].is_clip
+            sample = [self._read_clip(v, t) if clip else read_frame(self._file(v, t))]
         else:  # the cache is not the caller's to change
             sample = [part.clone() for part in self._read(v, t)]
         if self.transform:
@@ -192,7 +208,24 @@ class CLEVRDataset(Dataset):
         block = self._opened[v]
         if isinstance(block, Tensor):
             return block[t, :3], block[t, 3]
-        return read_frame(self.videos[v].frames[t]), torch.from_numpy(block[t].astype(np.uint8))
+        return read_frame(self._file(v, t)), torch.from_numpy(block[t].astype(np.uint8))
+
+    def _file(self, v: int, t: int) -> Path:
+        return self.videos[v].path / self.videos[v].names[t]
+
+    def _read_clip(self, v: int, t: int) -> Tensor:
+        """Return frame t of a clip; in the order of frames each is decoded once."""
+        here = os.getpid()
+        if self._clip and self._clip[0] != here:  # not to be read or closed by a forked process
+            OF_OTHER_PROCESSES.append(self._clip)
+            self._clip = None
+        if not self._clip or self._clip[:2] != (here, v) or t < self._next:
+            self._clip, self._next = (here, v, read_frames(self.videos[v])), 0
+        for frame in self._clip[2]:
+            self._next += 1
+            if self._next > t:
+                return frame.pixels
+        raise UserError(f"{self.videos[v]}: has no frame {t}, replace the file.")
 
     def _open(self, v: int) -> Tensor | np.ndarray:
         """Map a cached video, uint8 (T, 4, H, W), or without a cache its mask file, (T, H, W)."""
@@ -243,8 +276,9 @@ def _cache_file(root: Path | None, video: Video) -> Path | None:
     """Return root/<digest of the video's path>/<digest of its files' names, sizes, times>.npy."""
     if root is None:
         return None
-    states = [*video.state(ctime=True), file_state(video.path / MASK, ctime=True)]
-    folder = digest(os.fsencode(os.path.realpath(video.path)))
+    masks = [file_state(video.path / name, ctime=True) for name in MASKS]
+    states = [*video.state(ctime=True), *masks]
+    folder = digest(repr(os.path.realpath(video.path)).encode())
     return root / folder / f"{digest(repr(states).encode())}.npy"
 
 
@@ -276,8 +310,8 @@ def print_report(path: str | Path) -> int:
         r.faults += [odd[r.video]] if r.video in odd else []
         size = size_text(r.size) if r.size else "no readable frame"
         mask = "labelled" if r.video.labelled else f"without {MASK}"
-        kinds[f"{r.video.path.parent}", f"{len(r.video.names)} frames, {size}, {mask}"] += 1
-    print(f"{path}: {len(reports)} videos, {sum(len(r.video.names) for r in reports)} frames")
+        kinds[f"{r.video.path.parent}", f"{r.count} frames, {size}, {mask}"] += 1
+    print(f"{path}: {len(reports)} videos, {sum(r.count for r in reports)} frames")
     for (folder, kind), count in kinds.items():
         print(f"  {folder}: {count} x {kind}")
     present = Counter(i for r in reports for i in r.classes)

@@ -5,9 +5,10 @@
     python infer.py --ckpt file --out masks --data path --resume            # after an interruption
     torchrun --nproc-per-node=8 infer.py --ckpt file --out masks --data path  # on eight GPUs
 
-Every folder below --data that holds image_*.png is a video; its masks go to the same relative path
-below --out, mask.npy, uint8 (frames, height, width), ids 0..48. A video with a fault is named on
-stderr and gets no mask; the others are done, and the exit status is 1.
+Every folder below --data that holds image_*.png is a video, and so is every file such as .mp4; its
+masks go to the same relative path below --out, mask.npy, uint8 (frames, height, width), ids 0..48.
+A video with a fault is named on stderr and gets no mask; the others are done, and the exit status
+is 1.
 
 Objects are followed through the video (objects.py), and each is one class. --objects writes them
 beside mask.npy to objects.csv, a row for each object and frame; --no-consistency labels each frame
@@ -15,6 +16,8 @@ by itself. Frames of another size than the checkpoint learned from are scaled (s
 """
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 import time
@@ -26,19 +29,21 @@ from tqdm import tqdm
 from checkpoints import load_checkpoint
 from dataset import CLEVRDataset
 from devices import Processes, choose_device
+from files import digest
 from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
 from outputs import Outputs, provenance
 from scale import Scale, learned_size, scale_factor
 from utils import UserError, at_least, log_header, make_parser, run_script
-from videos import Video, find_videos
+from videos import Video, find_in_all
 
 
 def main() -> int:
     """Label every video; return 1 if some had a fault, else 0."""
     args = parse_args()
     processes = Processes(choose_device(args.device))
-    processes.say(log_header(processes.device))
+    if processes.first:
+        print(log_header(processes.device), flush=True)
     checkpoint = load_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
@@ -47,43 +52,67 @@ def main() -> int:
     if args.compile:
         labeller.compile()
 
-    data = find_data(args.data, checkpoint, args.ckpt)
-    origin = provenance(checkpoint["digest"], consistency=tracking, scale=args.scale)
-    outputs = Outputs(args.out, data, origin, args.objects)
-    videos = plan(outputs, args.resume) if processes.first else []
-    videos = processes.share_out(videos)  # those that are done have been left out before
+    options = {"consistency": tracking, "scale": args.scale, "every": args.every}
+    origin = provenance(checkpoint["digest"], **options)
+    form = "" if args.no_masks else args.format
+    outputs = Outputs(args.out, origin, args.objects, form, args.proposals)
+    roots, videos = args.data, []
+    if processes.first:  # what is done is left out before the rest is shared
+        roots = roots or [trained_on(checkpoint, args.ckpt)]
+        videos = plan(roots, outputs, args.every, args.shard, args.resume)
+    videos = processes.share_out(videos)
 
     start = time.perf_counter()
     done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
     seconds = time.perf_counter() - start
     rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
     processes.say(f"{done} videos, {frames} frames in {rate} -> {args.out}")
-    look = ["python", "preview.py", "--masks", args.out, "--data", data, "--out", "preview"]
-    processes.say(f"look at them: {shlex.join(map(str, look))}")
+    if processes.first and not args.no_masks:
+        look = ["python", "preview.py", "--masks", args.out, "--data", *roots, "--out", "preview"]
+        print(f"look at them: {shlex.join(map(str, look))}")
     if skipped and processes.first:
         print(f"{skipped} videos skipped, see above", file=sys.stderr)
     return 1 if skipped else 0
 
 
-def find_data(data: Path | None, checkpoint: dict, ckpt: Path) -> Path:
-    """Return the folder to label: `data`, or else the one that the checkpoint learned from."""
-    if data is None:
-        if not checkpoint.get("data"):
-            raise UserError(f"{ckpt} does not say what it was trained on: give --data")
-        data = Path(str(checkpoint["data"]))
-        if not data.is_dir():
-            raise UserError(f"{ckpt} was trained on {data}, which is not here: give --data")
+def trained_on(checkpoint: dict, ckpt: Path) -> Path:
+    """Return the folder that a checkpoint learned from, which is labelled by default."""
+    if not checkpoint.get("data"):
+        raise UserError(f"{ckpt} does not say what it was trained on: give --data")
+    data = Path(str(checkpoint["data"]))
+    if not data.is_dir():
+        raise UserError(f"{ckpt} was trained on {data}, which is not here: give --data")
     return data
 
 
-def plan(outputs: Outputs, resume: bool) -> list[Video]:
+def plan(
+    roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int], resume: bool
+) -> list[Video]:
     """Return the videos to label; with `resume`, without those that are done.
 
+    Args:
+        roots: Folders of videos, or video files; of several each has a folder of its own in --out.
+        outputs: Where the files go.
+        every: Frames that are taken, as of `find_videos`.
+        shard: Which share of the videos, from 1, and of how many.
+        resume: See above.
+
     Raises:
-        UserError: there is no video, or a mask would land among the frames of one.
+        UserError: there is no video, or files of two would meet, or masks and frames.
     """
-    videos = find_videos(outputs.data)
+    videos = find_in_all(roots, every)
     outputs.check_apart(videos)
+    number, count = shard
+    if count > 1:
+        shares = [int(digest(os.fsencode(video.target)), 16) % count for video in videos]
+        videos = [v for v, share in zip(videos, shares, strict=True) if share == number - 1]
+        print(f"share {number} of {count}: {len(videos)} of {len(shares)} videos")
+    gaps = [str(video) for video in videos if video.has_gaps]
+    if gaps:
+        print(
+            f"{len(gaps)} videos do not begin at frame 0 or have gaps, and are labelled in the "
+            f"order of their numbers: {', '.join(gaps[:3])}{', ...' if len(gaps) > 3 else ''}"
+        )
     outputs.out.mkdir(parents=True, exist_ok=True)
     if not resume:
         return videos
@@ -110,10 +139,12 @@ def label(
     if videos:
         dataset = CLEVRDataset(videos, labelled=False)
         workers = choose_decoders(dataset, workers, labeller.batch_size, processes)
-        with tqdm(total=len(dataset), unit="frame", disable=None) as bar:  # none in a log file
-            for done in label_videos(labeller, dataset, outputs, workers):
+        pieces = label_videos(labeller, dataset, outputs, workers)
+        bar = tqdm(total=len(videos), unit="video", disable=None)  # none in a log file
+        with bar, contextlib.closing(pieces):
+            for done in pieces:
                 totals += torch.tensor([done.videos, done.frames, len(done.faults)])
-                bar.update(done.frames)
+                bar.update(done.videos + len(done.faults))
                 for fault in done.faults:
                     tqdm.write(f"skipped: {fault}", file=sys.stderr)
                 new = [message for message in done.messages if message not in messages]
@@ -133,10 +164,31 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("files").add_argument
     add("--ckpt", type=Path, required=True, help="weights: a file that train.py wrote")
     add("--out", type=Path, required=True, help="folder for the masks")
-    add("--data", type=Path, help="folder of videos (default: what the weights were trained on)")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        help="folders of videos, or video files; of several each gets a folder of its own in --out "
+        "(default: what the weights were trained on)",
+    )
     add("--objects", action="store_true", help="also write the objects that were followed")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
+    add(
+        "--format",
+        choices=("npy", "npz"),
+        default="npy",
+        help="of masks: npz is compressed, a hundredth of the size (default: %(default)s)",
+    )
+    add("--proposals", type=Path, help="folder for run lengths in the form of CLEVRER's proposals")
+    add("--no-masks", action="store_true", help="write no masks, where the others are enough")
+    add(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        help="3/16: the third of sixteen shares of the videos, for as many commands",
+    )
     add = parser.add_argument_group("labelling").add_argument
+    add("--every", type=at_least(1), default=1, help="take each so many-th frame (default: all)")
     add("--no-consistency", action="store_true", help="label each frame by itself")
     add(
         "--scale",
@@ -158,9 +210,19 @@ def parse_args() -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     args = parser.parse_args()
+    if args.no_masks and not (args.objects or args.proposals):
+        parser.error("--no-masks leaves nothing to write: give --objects or --proposals")
     if args.objects and args.no_consistency:
         parser.error("--objects are those that are followed: leave out --no-consistency")
     return args
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Read a share such as 3/16 from the command line, an argparse type."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"give a share, from 1/1 on, such as 3/16, not {text!r}")
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

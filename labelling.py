@@ -1,6 +1,6 @@
 """Whole videos in, objects out: the engine of infer.py, and of whoever labels from Python.
 
-    labeller = Labeller(UNet.load("weights/clevr_unet.pt"))
+    labeller = Labeller.load("weights/clevr_unet.pt")
     (objects,) = labeller.label([frames])  # uint8 (T, 3, H, W), all frames of a video
     objects.labels                         # uint8 (T, H, W), ids 0..48
 
@@ -11,25 +11,30 @@ that for thousands of videos, in worker threads, and writes what is found.
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from batches import choose_workers, worker_start
+from checkpoints import load_checkpoint
 from classes import FRAME_SIZE
 from dataset import CLEVRDataset
+from decode import read_frame
 from devices import Processes, compile_network, in_threads, mixed_precision, shared_threads
 from model import UNet, for_labelling
 from objects import Objects, by_frame, follow
 from outputs import Outputs
-from scale import AS_THEY_ARE, Scale, fill, outline, resize
+from scale import USUAL_SCALE, Scale, fill, learned_size, outline, resize
 from tracks import gather, occupied
 from utils import UserError
-from videos import Video, read_frame
+from videos import Frame, Video, read_frames
 
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
@@ -40,7 +45,7 @@ class Seen(NamedTuple):
     """What the network sees in N frames, on the CPU; cells are 2 x 2 pixels of what it looks at."""
 
     objects: Tensor  # (N, h, w) bool, where there is an object
-    evidence: Tensor  # (n, 13) of each cell that holds one, in order: logits of its attributes
+    evidence: Tensor  # (n, 13) logits of attributes of the cells that hold one, in order; float16
     outlines: Tensor | None = None  # (N, H, W) bool, objects in the frames' own size if it differs
 
 
@@ -62,11 +67,18 @@ class Labeller:
         device: torch.device | str = "cpu",
         batch_size: int = BATCH_SIZE,
         tracking: bool = True,
-        scale: Scale = AS_THEY_ARE,
+        scale: Scale = USUAL_SCALE,
     ):
         self.device, self.batch_size, self.scale = torch.device(device), batch_size, scale
         self.model = for_labelling(model, self.device)
-        self.find = follow if tracking else by_frame
+        self.tracking, self.find = tracking, follow if tracking else by_frame
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> "Labeller":
+        """Return a labeller with the network of a checkpoint, at the scale that it learned."""
+        checkpoint = load_checkpoint(path)
+        scale = Scale(learned_size(checkpoint, path))
+        return cls(UNet.from_checkpoint(checkpoint, path), **{"scale": scale, **options})
 
     def compile(self) -> None:
         """Compile the network for batches of the usual frames, if that can be done here."""
@@ -74,31 +86,69 @@ class Labeller:
         with shared_threads(self.device):  # for another number of threads it would be made anew
             compile_network(self.model, torch.zeros(size, dtype=torch.uint8, device=self.device))
 
-    @torch.inference_mode()
-    def label(self, videos: Sequence[Tensor]) -> list[Objects]:
+    def label(
+        self, videos: Sequence[Tensor], numbers: Sequence[Sequence[int]] | None = None
+    ) -> list[Objects]:
         """Return the objects of videos, each uint8 (T, 3, H, W), that have frames of one size.
 
-        A video has the same labels whichever others come with it.
+        A video has the same labels whichever others come with it. `numbers` are those of the
+        frames of each, from 0 by default.
         """
-        frames, lengths = torch.cat(list(videos)), [len(video) for video in videos]
-        seen = [self.see(batch) for batch in self._batches(frames)]
+        frames = torch.cat(list(videos))
+        parts = math.ceil(len(frames) / self.at_once(frames.shape[2:]))
+        seen = [self.see(batch) for batch in frames.tensor_split(parts)]  # all about as large
+        return self.find_objects(seen, numbers or [range(len(video)) for video in videos])
+
+    def label_ahead(self, frames: Iterable[Frame], pool: Executor, ahead: int) -> Objects:
+        """Return the objects of one video, however long, whose frames are never held together.
+
+        Args:
+            frames: Those of the video, read one after the other.
+            pool: Threads that let the network look at `ahead` batches of them at once.
+            ahead: See there.
+        """
+        seen: list[Seen] = []
+        waiting: deque[Future] = deque()
+        numbers, seconds, batch = [], [], []
+
+        def look() -> None:
+            waiting.append(pool.submit(self.see, torch.stack(batch)))
+            batch.clear()
+            if len(waiting) > ahead:
+                seen.append(waiting.popleft().result())
+
+        for frame in frames:
+            numbers.append(frame.number)
+            seconds.append(frame.seconds)
+            batch.append(frame.pixels)
+            if len(batch) == self.at_once(frame.pixels.shape[1:]):
+                look()
+        if batch:
+            look()
+        seen += [future.result() for future in waiting]
+        return self.find_objects(seen, [numbers])[0]._replace(seconds=seconds)
+
+    def at_once(self, size: Sequence[int]) -> int:
+        """Return how many frames of a height and width the network looks at together."""
+        looks = self.scale.looks(*size)
+        pixels = math.prod(looks.fine or looks.coarse)
+        return min(self.batch_size, max(1, MAX_AT_ONCE // pixels))
+
+    @torch.inference_mode()
+    def find_objects(self, seen: list[Seen], numbers: Sequence[Sequence[int]]) -> list[Objects]:
+        """Return the objects of videos whose frames, of these numbers, were seen in this order."""
+        lengths = [len(video) for video in numbers]
         objects = torch.cat([part.objects for part in seen]).split(lengths)
         cells = [int(occupied(part).sum()) for part in objects]
         evidence = torch.cat([part.evidence for part in seen]).split(cells)
-        found = [self.find(*both) for both in zip(objects, evidence, strict=True)]
-        if seen[0].outlines is None:  # labels have the frames' own size
-            return found
-        outlines = torch.cat([part.outlines for part in seen]).split(lengths)
-        labels = map(fill, [video.labels for video in found], objects, outlines)
-        return [video._replace(labels=own) for video, own in zip(found, labels, strict=True)]
+        found = [self.find(*video) for video in zip(objects, evidence, numbers, strict=True)]
+        if seen[0].outlines is not None:  # labels are brought to the frames' own size
+            outlines = torch.cat([part.outlines for part in seen]).split(lengths)
+            labels = map(fill, [video.labels for video in found], objects, outlines)
+            found = [video._replace(labels=own) for video, own in zip(found, labels, strict=True)]
+        return [video._replace(numbers=list(of)) for video, of in zip(found, numbers, strict=True)]
 
-    def _batches(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """Split frames into as few batches as can be, all about as large."""
-        size = tuple(frames.shape[2:])
-        looks = self.scale.looks(*size)
-        most = max(1, MAX_AT_ONCE // math.prod(looks.fine or looks.coarse))
-        return frames.tensor_split(math.ceil(len(frames) / min(self.batch_size, most)))
-
+    @torch.inference_mode()
     def see(self, frames: Tensor) -> Seen:
         """Let the network look at frames (N, 3, H, W), uint8."""
         size = tuple(frames.shape[2:])
@@ -116,14 +166,15 @@ class Labeller:
             arrived.record()
             arrived.synchronize()
         objects, attributes, *outlines = found
-        return Seen(objects, gather(objects, attributes), *outlines)
+        evidence = gather(objects, attributes)
+        return Seen(objects, evidence.half() if self.tracking else evidence, *outlines)
 
 
 class WholeVideo(NamedTuple):
     """A video with all of its frames, or with the sentence that says why it has none."""
 
     video: Video
-    state: list  # of its files, before they were read
+    state: list[list[str | int] | None]  # of its files, before they were read
     frames: Tensor  # uint8 (T, 3, H, W)
     fault: str = ""
 
@@ -168,18 +219,19 @@ def label_videos(
             each labels videos of its own, decode for themselves.
 
     Yields:
-        What was done, as it is. A video that cannot be read is left out and named there.
+        What was done, as it is. A video that cannot be read is left out and named there. Until the
+        generator is closed the process has fewer threads for each operation.
     """
     device, videos = labeller.device, WholeVideos(dataset)
 
     def label(read: list[WholeVideo]) -> Done:
-        whole = [video for video in read if not video.fault]
-        messages = []
+        whole, messages = [video for video in read if not video.fault], []
         for size, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
             if message := labeller.scale.describe(*size):
                 messages.append(message)
-            found = labeller.label([video.frames for video in group])
+            numbers = [video.video.numbers for video in group]
+            found = labeller.label([video.frames for video in group], numbers)
             for video, objects in zip(group, found, strict=True):
                 outputs.save(video.video, objects, video.state)
         frames = sum(len(video.frames) for video in whole)
@@ -188,21 +240,42 @@ def label_videos(
     def read_and_label(numbers: list[int]) -> Done:
         return label([videos[v] for v in numbers])
 
+    def label_long(video: Video) -> Done:
+        state, messages = video.state(), []
+
+        def frames() -> Iterator[Frame]:
+            for frame in read_frames(video):
+                if not messages:
+                    messages.append(labeller.scale.describe(*frame.pixels.shape[1:]))
+                yield frame
+
+        try:
+            objects = labeller.label_ahead(frames(), pool, threads)
+        except UserError as error:
+            return Done(0, 0, [str(error)], [])
+        outputs.save(video, objects, state)
+        return Done(1, len(objects.labels), [], [message for message in messages if message])
+
+    # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
     lengths = [len(video.names) for video in dataset.videos]
-    batches = list(fill_batches(lengths, labeller.batch_size))
-    with shared_threads(device) as threads:
-        if not workers and device.type == "cpu":
+    short = [v for v, length in enumerate(lengths) if 0 < length <= labeller.batch_size]
+    long = [video for video in dataset.videos if not 0 < len(video.names) <= labeller.batch_size]
+    groups = fill_batches([lengths[v] for v in short], labeller.batch_size)
+    batches = [[short[i] for i in group] for group in groups]
+    with shared_threads(device) as threads, ThreadPoolExecutor(threads) as pool:
+        if workers or device.type != "cpu":
+            loader = DataLoader(
+                videos,
+                batch_sampler=batches,
+                num_workers=workers,
+                multiprocessing_context=worker_start(workers),
+                collate_fn=list,
+                pin_memory=device.type not in ("cpu", "mps"),
+            )
+            yield from in_threads(label, loader, threads)
+        else:
             yield from in_threads(read_and_label, batches, threads)
-            return
-        loader = DataLoader(
-            videos,
-            batch_sampler=batches,
-            num_workers=workers,
-            multiprocessing_context=worker_start(workers),
-            collate_fn=list,
-            pin_memory=device.type not in ("cpu", "mps"),
-        )
-        yield from in_threads(label, loader, threads)
+        yield from in_threads(label_long, long, threads)
 
 
 def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:
@@ -229,8 +302,8 @@ def choose_decoders(
     Each reads batches of `batch_size` frames ahead, as large as the first frame of the data set.
     """
     frame = 3 * math.prod(FRAME_SIZE)  # bytes
-    with contextlib.suppress(UserError):
-        v, t = dataset.index[0]
-        frame = read_frame(dataset.videos[v].frames[t]).numel()
+    with contextlib.suppress(UserError, StopIteration):
+        first = next(video for video in dataset.videos if video.names)
+        frame = read_frame(first.frames[0]).numel()
     ahead = batch_size * frame * processes.count
     return choose_workers(requested, ahead, processes, MAX_WORKERS)

@@ -13,6 +13,7 @@ number where it is hidden for a while. `by_frame` labels each frame by itself in
 Lengths and areas are in pixels of a frame FRAME_SIZE[0] high, and scale.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from tracks import MEMBERS, TOLERANCE, Parts, link, occupied, parts_of, sums
 
 NEW_CLASS = 4.0  # nats that a further class of the video costs
 APART = 0.6  # nats against one object being seen in two pieces
-CLASH = 30.0  # nats against two objects of one class
+CONFLICT = 30.0  # nats against two objects of one class
 SIZE = (14.0, 0.24)  # extent of an object, at most, with its lower end in row y: 14 + 0.24 y
 FILL = 0.75  # share of the square of that extent which an object covers, at most
 HALF_SEEN = 60.0  # pixels of a part at which its evidence counts half
@@ -44,15 +45,18 @@ class Objects(NamedTuple):
 
     labels: Tensor  # (T, H, W) uint8, ids 0..48
     confidence: dict[int, float]  # by class id: how likely the object is of that class, 0..1
+    numbers: Sequence[int] | None = None  # (T,) those of the frames; None: from 0
+    seconds: Sequence[float | None] | None = None  # (T,) of a clip, since its start
 
 
-def follow(objects: Tensor, evidence: Tensor) -> Objects:
+def follow(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = None) -> Objects:
     """Label the object pixels of one video, each object with one class.
 
     Args:
         objects: (T, H, W) bool, where there is an object.
         evidence: (n, 13), for each cell of 2 x 2 pixels that holds such a pixel, in order, the
             logits of 3 shapes, 2 materials and 8 colours: `tracks.gather`.
+        numbers: (T,) those of the frames, which may leave some out; None: from 0.
 
     Returns:
         The labels; background where there is no object, and where a track never shows more than
@@ -66,12 +70,13 @@ def follow(objects: Tensor, evidence: Tensor) -> Objects:
     where = np.flatnonzero(objects.cpu().numpy())
     parts, part = parts_of(where, evidence, labels.shape)
     track = link(parts, len(labels))
-    kinds, confidence = classify(parts, track)
+    time = parts.frame if numbers is None else np.asarray(numbers)[parts.frame]
+    kinds, confidence = classify(parts, track, time)
     labels.reshape(-1)[where] = (kinds[track] + 1).astype(np.uint8)[part]
     return Objects(torch.from_numpy(labels), confidence)
 
 
-def by_frame(objects: Tensor, evidence: Tensor) -> Objects:
+def by_frame(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = None) -> Objects:
     """Label each pixel as the network reads its frame alone; arguments as of `follow`.
 
     Nothing is known of objects then, so there is no confidence.
@@ -85,8 +90,13 @@ def by_frame(objects: Tensor, evidence: Tensor) -> Objects:
     return Objects(pixels * objects, {})
 
 
-def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, float]]:
-    """Return the kind of each track, 0..47 or -1 if it is dropped, and confidence by class id."""
+def classify(
+    parts: Parts, track: np.ndarray, time: np.ndarray
+) -> tuple[np.ndarray, dict[int, float]]:
+    """Return the kind of each track, 0..47 or -1 if it is dropped, and confidence by class id.
+
+    `time` (p,) is when each part is seen, in frames.
+    """
     # What each part says counts by how much of it is seen.
     weight = parts.pixels / (parts.pixels + HALF_SEEN)
     weight = weight * np.where(parts.at_edge, EDGE_WEIGHT, 1)
@@ -109,7 +119,7 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     drop = np.where(most <= DROP_PIXELS, NEW_CLASS + DROP, np.inf)
 
     order = np.argsort(-seen * most, kind="stable")
-    pairs = conflict_cost(parts, track) + speed_cost(parts, track)
+    pairs = conflict_cost(parts, track) + speed_cost(parts, track, time)
     assignment = Assignment(cost, drop, pairs, order)
     assignment.improve()
     confidence: dict[int, float] = {}
@@ -143,21 +153,21 @@ def conflict_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
 
     # The sum over all frames, for each two tracks.
     touch = np.isin(a * len(frame) + b, parts.touching)
-    against = np.where(fits, np.where(touch, 0, APART), CLASH)
+    against = np.where(fits, np.where(touch, 0, APART), CONFLICT)
     count = track.max() + 1
     result = np.bincount(track[a] * count + track[b], against, count**2).reshape(count, count)
     return result + result.T
 
 
-def speed_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
+def speed_cost(parts: Parts, track: np.ndarray, time: np.ndarray) -> np.ndarray:
     """Return what speaks against tracks k and l being one object that moved in between, (k, l)."""
     # The first and the last part of each track.
-    order = np.lexsort((parts.frame, track))
+    order = np.lexsort((time, track))
     starts = np.flatnonzero(np.diff(track[order], prepend=-1))
     first, last = order[starts], order[np.append(starts[1:], len(order)) - 1]
 
     # From the end of track k to the beginning of a later track l.
-    frames = parts.frame[first] - parts.frame[last, None]
+    frames = time[first] - time[last, None]
     moved = parts.span[first, :, 2] - parts.span[last, None, :, 2]
     speed = np.hypot(moved[..., 0], moved[..., 1]) / np.maximum(frames, 1)
     cost = np.where(frames > 0, SPEEDING * np.maximum(speed - SPEED, 0), 0)

@@ -19,10 +19,12 @@ import numpy as np
 from classes import CLASS_NAMES, NUM_CLASSES
 from files import atomic_write, delete_leftovers, digest, write_json
 from objects import Objects
+from proposals import check_names, encode, file_name
 from utils import VERSION, UserError
-from videos import MASK, Video, list_video
+from videos import MASKS, Video, list_video
 
 TABLE, RECORD = "objects.csv", "mask.json"
+SAID = {"mask": "mask", "table": TABLE, "proposal": "proposal"}
 CHANGES = {  # what differs from the record, and how that is said
     "checkpoint": "another checkpoint made them",
     "options": "other options made them",
@@ -47,6 +49,8 @@ class Row(NamedTuple):
     pixels: int
     at_edge: int  # 1 where it touches the frame's edge, which may hide some of it
     confidence: float
+    number: int  # of the frame, in its name
+    seconds: float | str  # of a frame of a clip, since its start; else ""
 
 
 def table(objects: Objects) -> list[Row]:
@@ -71,15 +75,20 @@ def table(objects: Objects) -> list[Row]:
     columns += [np.minimum.reduceat(values, starts) for values in (x, y)]
     columns += [np.maximum.reduceat(values, starts) for values in (x, y)]
 
+    numbers = objects.numbers or range(len(labels))
+    seconds = objects.seconds or [None] * len(labels)
     number = {kind: i for i, kind in enumerate(dict.fromkeys(ids.tolist()), 1)}
     rows = []
     for frame, kind, *measures, count in zip(
         *(c.tolist() for c in (*columns, pixels)), strict=True
     ):
-        left, top, right, bottom = measures[2:]
+        x, y, left, top, right, bottom = measures
         edge = int(left == 0 or top == 0 or right == width - 1 or bottom == height - 1)
         what = (frame, number[kind], kind, CLASS_NAMES[kind])
-        rows.append(Row(*what, *measures, count, edge, objects.confidence.get(kind, 0.0)))
+        where = (round(x, 2), round(y, 2), left, top, right, bottom, count, edge)
+        when = "" if seconds[frame] is None else round(seconds[frame], 3)
+        confidence = round(objects.confidence.get(kind, 0.0), 4)
+        rows.append(Row(*what, *where, confidence, numbers[frame], when))
     return sorted(rows)
 
 
@@ -117,20 +126,50 @@ class Outputs:
 
     Args:
         out: The folder.
-        data: The folder that the videos lie in.
         origin: As of `provenance`.
         with_table: Whether objects.csv is written.
+        form: Of masks: "npy", "npz" (compressed, under the key `mask`), or "" for none.
+        proposals: The folder for proposals, if they are written.
     """
 
-    def __init__(self, out: Path, data: Path, origin: dict[str, Any], with_table: bool = False):
-        self.out, self.data, self.origin, self.with_table = out, data, origin, with_table
+    def __init__(
+        self,
+        out: Path,
+        origin: dict[str, Any],
+        with_table: bool = False,
+        form: str = "npy",
+        proposals: Path | None = None,
+    ):
+        self.out, self.origin, self.with_table = out, origin, with_table
+        self.form, self.proposals = form, proposals
 
     def folder(self, video: Video) -> Path:
         """Return where the files of a video are."""
-        return self.out / video.path.relative_to(self.data)
+        return self.out / video.target
+
+    def files(self, video: Video) -> dict[str, Path]:
+        """Return which files of a video are written, by what they are in its record."""
+        folder, files = self.folder(video), {}
+        if self.with_table:
+            files["table"] = folder / TABLE
+        if self.form:
+            files["mask"] = folder / f"mask.{self.form}"
+        if self.proposals:
+            files["proposal"] = self.proposals / file_name(video)
+        return files
 
     def check_apart(self, videos: Iterable[Video]) -> None:
-        """Raise UserError if a mask would land among the frames, and maybe the labels, of one."""
+        """Raise UserError if files of two videos, or of one and its labels, would meet."""
+        targets: dict[Path, Video] = {}
+        for video in videos:
+            other = targets.setdefault(video.target, video)
+            if other is not video:
+                raise UserError(
+                    f"{other} and {video} would both be labelled in {self.folder(video)}: "
+                    "rename one, or label them apart"
+                )
+        if self.proposals:
+            check_names(videos)
         paths = {video.path.resolve() for video in videos}
         for video in videos:
             folder = self.folder(video)
@@ -159,35 +198,36 @@ class Outputs:
 
         "missing" where there are none.
         """
-        folder = self.folder(video)
-        if not (folder / MASK).is_file():
+        folder, files = self.folder(video), self.files(video)
+        if not files.get("mask", folder / RECORD).is_file():
             return "missing"
         try:
             if not (folder / RECORD).is_file():  # a pipe would be waited for
                 raise OSError
             record = json.loads((folder / RECORD).read_bytes())
-            digests = record["mask"], record["table"]
+            digests = {what: record[what] for what in ("mask", "table")}
+            digests["proposal"] = record.get("proposal")
             expected = {**self.origin, "frames": video.state()}
             changed = next((key for key in CHANGES if record.get(key) != expected[key]), None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return "nothing tells what made them"
         if changed:
             return CHANGES[changed]
-        has_table = (folder / TABLE).is_file()
-        if self.with_table and not has_table:
-            return f"they have no {TABLE}"
-        if digest((folder / MASK).read_bytes()) != digests[0]:
-            return "they are not what was written"
-        if has_table and digest((folder / TABLE).read_bytes()) != digests[1]:
-            return f"their {TABLE} is not what was written with them"
+        if (folder / TABLE).is_file():  # of others, perhaps, where this run wants none
+            files["table"] = folder / TABLE
+        for what, path in files.items():
+            if not path.is_file():
+                return f"they have no {SAID[what]}"
+            if digest(path.read_bytes()) != digests[what]:
+                return f"their {SAID[what]} is not what was written with them"
         return ""
 
     def save(self, video: Video, objects: Objects, state: list) -> None:
-        """Write the files of a video: the table first, then the mask, then the record.
+        """Write the files of a video: the table first, then the mask, the proposal and the record.
 
-        A table or a record of the mask that was there before does not outlive it. The record has
-        the digests of what was written, not of the files, which another run into the same folder
-        may have replaced.
+        A table, a record or a mask of the other form that was there before does not outlive it. The
+        record has the digests of what was written, not of the files, which another run into the
+        same folder may have replaced.
 
         Args:
             video: Whose files they are.
@@ -197,19 +237,28 @@ class Outputs:
         Raises:
             OSError: with the name of what cannot be written.
         """
-        folder = self.folder(video)
-        for name in (RECORD, TABLE):
+        folder, files = self.folder(video), self.files(video)
+        others = [name for name in MASKS if self.form and name != files["mask"].name]
+        for name in (RECORD, TABLE, *others):
             (folder / name).unlink(missing_ok=True)
-        rows = None
-        if self.with_table:
+        digests: dict[str, str | None] = {"mask": None, "table": None}
+        for what, path in files.items():
+            content = self._content(what, video, objects)
+            with atomic_write(path) as file:
+                file.write(content)
+            digests[what] = digest(content)
+        write_json(folder / RECORD, {**self.origin, "frames": state, **digests})
+
+    def _content(self, what: str, video: Video, objects: Objects) -> bytes:
+        if what == "proposal":
+            return encode(video, objects)
+        if what == "table":
             text = io.StringIO(newline="")
             csv.writer(text).writerows([Row._fields, *table(objects)])
-            rows = text.getvalue().encode()
-            with atomic_write(folder / TABLE) as file:
-                file.write(rows)
+            return text.getvalue().encode()
         mask = io.BytesIO()
-        np.save(mask, objects.labels.numpy())
-        with atomic_write(folder / MASK) as file:
-            file.write(mask.getbuffer())
-        digests = {"mask": digest(mask.getvalue()), "table": digest(rows) if rows else None}
-        write_json(folder / RECORD, {**self.origin, "frames": state, **digests})
+        if self.form == "npz":
+            np.savez_compressed(mask, mask=objects.labels.numpy())
+        else:
+            np.save(mask, objects.labels.numpy())
+        return mask.getvalue()

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -45,7 +46,7 @@ from page.pictures import (
     tile_size,
 )
 from utils import UserError, at_least, make_parser, run_script
-from videos import MASK, Video, find_videos, has_mask, read_labels, read_video
+from videos import MASKS, Video, find_in_all, has_mask, read_labels, read_video
 
 PAGE = Path(__file__).parent / "page"  # the files that a browser opens
 FORMAT = 1  # of the files for a video: those of another are made again
@@ -109,7 +110,8 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
 
 def fingerprint(name: str, video: Video, masks: Path, width: int) -> str:
     """Return a digest of what a preview is made of: names, sizes and times of files, options."""
-    others = (video.path / MASK, masks / MASK, masks / TABLE)
+    folders = (video.path, masks)
+    others = [*(folder / name for folder in folders for name in MASKS), masks / TABLE]
     states = [*video.state(), *map(file_state, others)]
     return digest(repr([FORMAT, QUALITY, name, width, states]).encode())
 
@@ -181,16 +183,19 @@ def summary(name: str, description: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, list[str]]:
+def write_preview(
+    masks: Path, data: Sequence[Path], out: Path, width: int, every: int = 1
+) -> tuple[int, list[str]]:
     """Write the preview of all videos below `data` that have masks below `masks`.
 
     Returns:
         How many videos it shows, and what is wrong with them or others.
     """
-    videos = {video: masks / video.path.relative_to(data) for video in find_videos(data)}
+    videos = {video: masks / video.target for video in find_in_all(data, every)}
     chosen = [video for video, folder in videos.items() if has_mask(folder)]
     if not chosen:
-        raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
+        where = ", ".join(map(str, data))
+        raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
     if len(chosen) < len(videos):
         print(f"{len(videos) - len(chosen)} of {len(videos)} videos have no masks: left out")
     for name in ("index.html", "preview.js", "draw.js"):
@@ -198,7 +203,7 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
             file.write((PAGE / name).read_bytes())
 
     def job(video: Video) -> tuple[dict[str, Any], list[str]]:
-        name = video.path.relative_to(data).as_posix()
+        name = video.target.as_posix()
         try:
             description = preview_video(name, video, videos[video], out / name, width)
         except UserError as error:
@@ -220,28 +225,27 @@ def write_preview(masks: Path, data: Path, out: Path, width: int) -> tuple[int, 
 def main() -> int:
     """Write what the command line asks for; return 1 if a video had a fault, else 0."""
     args = parse_args()
-    for path in (args.masks, args.data):
-        if not path.is_dir():
-            raise UserError(f"{path} is not a folder")
+    if not args.masks.is_dir():
+        raise UserError(f"{args.masks} is not a folder")
     if args.strip:
-        save_strip(args.strip, args.masks, args.data)
+        save_strip(args.strip, args.masks, args.data, args.every)
     if not args.out:
         return 0
-    if args.out.resolve() in (args.masks.resolve(), args.data.resolve()):
+    if args.out.resolve() in [path.resolve() for path in (args.masks, *args.data)]:
         raise UserError(f"--out {args.out} holds other files: give a folder of its own")
-    shown, faults = write_preview(args.masks, args.data, args.out, args.width)
+    shown, faults = write_preview(args.masks, args.data, args.out, args.width, args.every)
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
     print(f"{shown} videos: open {args.out / 'index.html'} in a browser")
     return 1 if faults else 0
 
 
-def save_strip(path: Path, masks: Path, data: Path) -> None:
+def save_strip(path: Path, masks: Path, data: Sequence[Path], every: int) -> None:
     """Write a picture of a few videos, a moving one if the name ends in .webp or .gif."""
     suffix = path.suffix.lower()
     if suffix not in (".png", ".webp", ".gif"):
         raise UserError(f"--strip {path}: give a name that ends in .png, or .webp or .gif to move")
-    first, *rest = map(Image.fromarray, draw_strip(masks, data, moving=suffix != ".png"))
+    first, *rest = map(Image.fromarray, draw_strip(masks, data, suffix != ".png", every))
     moves = {"save_all": True, "append_images": rest, "duration": FRAME_TIME, "loop": 0}
     save_picture(path, first, **(moves if rest else {}))
 
@@ -251,7 +255,8 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what is shown").add_argument
     add("--masks", type=Path, required=True, help="folder that infer.py wrote")
-    add("--data", type=Path, required=True, help="folder of the videos")
+    add("--data", type=Path, nargs="+", required=True, help="folders of the videos, or video files")
+    add("--every", type=at_least(1), default=1, help="as of infer.py (default: %(default)s)")
     add = parser.add_argument_group("what is made: one of the two, or both").add_argument
     add("--out", type=Path, help="folder for the page that shows all videos (default: none)")
     add("--strip", type=Path, help="picture of four videos: .png, .webp or .gif (default: none)")

@@ -1,8 +1,8 @@
 """Frames of any size: brought to the scale that the network learned, its answer back to theirs.
 
 An object is as many pixels wide as the frame's width makes it (Blender's focal length follows the
-width), so frames as wide as those of training are seen as they are, others first resized. What is
-where is told at that scale. The edges of larger frames are looked at once more, at up to FINEST
+width), so frames as wide as those of training are seen as they are, others first resized. Objects
+are found at that scale. The edges of larger frames are looked at once more, at up to FINEST
 times the scale, and every pixel of the frame has the class of the object next to it.
 """
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classes import FRAME_SIZE
+from decode import MAX_PIXELS
 from utils import UserError
-from videos import MAX_PIXELS, size_text
+from videos import size_text
 
 SAME = 0.02  # of the width: so little is nothing to an object
 MOST = 16.0  # times larger or smaller
@@ -83,7 +84,7 @@ class Scale(NamedTuple):
         return f"{frames} are brought to {size_text(coarse)}, {why}{edges}"
 
 
-AS_THEY_ARE = Scale(factor=1.0)
+USUAL_SCALE, AS_THEY_ARE = Scale(), Scale(factor=1.0)
 
 
 def learned_size(checkpoint: dict[str, Any], path: str | Path) -> tuple[int, int]:

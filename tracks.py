@@ -87,9 +87,9 @@ def gather(objects: Tensor, attributes: Tensor) -> Tensor:
             and 8 colours.
 
     Returns:
-        (n, 13) float16, on the device of the arguments: a twentieth of `attributes`.
+        (n, 13), on the device of the arguments: a twentieth of `attributes`.
     """
-    return attributes.movedim(1, -1)[occupied(objects)].half()
+    return attributes.movedim(1, -1)[occupied(objects)]
 
 
 def parts_of(

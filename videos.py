@@ -1,52 +1,52 @@
-"""Videos on disk: find the folders, read frames and masks, and say what is wrong with them.
+"""Videos on disk: find them, read frames and masks, and say what is wrong with them.
 
     path/train/video_7/image_0.png .. image_21.png   RGB
     path/train/video_7/mask.npy                      integers (22, H, W), ids 0..48; if labelled
+    path/video_00007.mp4                             a clip; its masks go to video_00007/mask.npy
 
-Whether a video can be used is decided here alone, with one wording for each fault.
+Frames may also be called frame_0.png or 0.png, or be .jpg. Whether a video can be used is decided
+here alone, with one wording for each fault.
 """
 
 import logging
+import math
 import os
 import re
-import struct
 import warnings
-import zlib
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from classes import NUM_CLASSES
+from decode import MAX_PIXELS, count_frames, is_clip, must_be_file, read_clip, read_frame
 from files import file_state
 from utils import UserError
 
-FRAME_NAME = re.compile(r"image_([0-9]+)\.png")
+FRAME_NAME = re.compile(r"image_[0-9]+\.png")  # as SEED has it
+OTHER_NAME = re.compile(r"(?:frame_|image_)?[0-9]+\.(?:png|jpe?g)", re.IGNORECASE)
+DATA_KINDS = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"), "pictures"),
+    **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pt"), "arrays"),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "archives"),
+    **dict.fromkeys((".mpg", ".mpeg", ".m4v", ".wmv", ".flv"), "videos of other formats"),
+}
 MASK = "mask.npy"
-MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
-MAX_RATIO = 16  # of its sides, unless both are below LONG: brought to the network's width, a sliver
-LONG = 2048  # pixels; as high as the rest allows would take tens of gigabytes
-CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of the colour types of PNG
-# Steps and starts, of columns and of rows, of the passes of a plain and of an interlaced PNG.
-PASSES = (
-    ((1, 1, 0, 0),),
-    (
-        *((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2)),
-        *((2, 2, 1, 0), (1, 2, 0, 1)),
-    ),
+MASKS = MASK, "mask.npz"  # of which a folder has one
+HOW_THEY_ARE_READ = (
+    "frames are image_0.png, ... (else frame_0.png or 0.png, or .jpg), labels are mask.npy: "
+    "unpack, rename or convert the others if they belong to a video"
 )
 REASON = 100  # characters of a library's own words, or of a mask's: headers can be endless
 logger = logging.getLogger(__name__)
-# What libraries warn of in damaged files is said in a sentence here, or does no harm.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "Invalid APNG")
+# What NumPy warns of in damaged files is said in a sentence here, or does no harm.
 warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file required")
 warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # a mask's header
 warnings.filterwarnings("ignore", "overflow encountered", module=r"numpy\._core\.memmap")
@@ -54,36 +54,79 @@ warnings.filterwarnings("ignore", "overflow encountered", module=r"numpy\._core\
 
 @dataclass(frozen=True)
 class Video:
-    """A folder of frames, as it was when it was listed.
+    """A folder of frames or a video file, as it was when it was listed.
 
     Attributes:
-        path: The folder.
-        names: Those of its frames image_Y.png, by the number Y.
+        path: The folder, or the file.
+        target: Where its files go below a folder of masks.
+        names: Those of its frames, by their numbers; empty for a file.
         labelled: Whether there is a mask.npy in it, even one that cannot be read.
+        every: 6 where only every sixth frame is taken.
     """
 
     path: Path
-    names: tuple[str, ...]
-    labelled: bool
+    target: Path
+    names: tuple[str, ...] = ()
+    labelled: bool = False
+    every: int = 1
 
     @classmethod
-    def of(cls, folder: Path, names: Iterable[str]) -> "Video":
-        """Return the video of a folder that holds files of these names."""
+    def of(cls, folder: Path, target: Path, names: Iterable[str], every: int = 1) -> "Video":
+        """Return the video of a folder that holds files of these names.
+
+        Where image_N.png is there, no other name counts.
+        """
         names = list(names)
-        frames = sorted((int(m[1]), name) for name in names if (m := FRAME_NAME.fullmatch(name)))
-        return cls(folder, tuple(name for _, name in frames), MASK in names)
+        frames = [name for name in names if FRAME_NAME.fullmatch(name)]
+        frames = frames or [name for name in names if OTHER_NAME.fullmatch(name)]
+        frames.sort(key=lambda name: (number_of(name), name))
+        return cls(
+            folder, target, tuple(frames[::every]), any(name in MASKS for name in names), every
+        )
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a video file."""
+        return not self.names and is_clip(self.path)
 
     @property
     def frames(self) -> list[Path]:
-        """The files of its frames, by their numbers."""
-        return [self.path / name for name in self.names]
+        """The files of its frames, by their numbers; of a clip the file itself."""
+        return [self.path / name for name in self.names] or [self.path]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in the names of its frames."""
+        return [number_of(name) for name in self.names]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether its numbers do not begin at 0, or leave some out."""
+        return any(number != i * self.every for i, number in enumerate(self.numbers))
+
+    def count(self) -> int:
+        """Return how many frames there are; a clip is opened, and UserError if it cannot be."""
+        return -(-count_frames(self.path) // self.every) if self.is_clip else len(self.names)
 
     def state(self, ctime: bool = False) -> list[list[str | int] | None]:
-        """Return the `file_state` of each frame, by which a change in them is noticed."""
+        """Return the `file_state` of each of its files, by which a change in them is noticed."""
         return [file_state(frame, ctime) for frame in self.frames]
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+class Frame(NamedTuple):
+    """One frame of a video."""
+
+    pixels: Tensor  # uint8 (3, H, W), RGB
+    number: int  # in its name; of a clip from 0
+    seconds: float | None = None  # of a clip, since its start
+
+
+def number_of(name: str) -> int:
+    """Return the number in the name of a frame."""
+    return int(re.search(r"([0-9]+)\.[A-Za-z]+$", name)[1])
 
 
 def natural_key(path: str | Path) -> list[list[str | int]]:
@@ -92,16 +135,24 @@ def natural_key(path: str | Path) -> list[list[str | int]]:
     return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts]
 
 
-def find_videos(root: str | Path) -> list[Video]:
-    """Return every folder at or below `root` that holds image_Y.png, in natural order of paths.
+def find_videos(root: str | Path, every: int = 1) -> list[Video]:
+    """Return every folder of frames and every video file at or below `root`, in natural order.
 
-    Follows links, but takes each real folder once; leaves out hidden folders (".name").
-    Raises UserError if `root` is no folder or there is no video in it.
+    Follows links, but takes each real folder once; leaves out hidden folders and files (".name").
+    Warns of pictures, archives and the like that are not read. With `every` of 6, videos are of
+    every sixth frame.
+
+    Raises:
+        UserError: there is nothing at `root`, or no video in it.
     """
     root = Path(root)
+    if root.is_file() and is_clip(root):
+        return [Video(root, Path(root.stem), every=every)]
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder, give a folder of videos.")
-    videos, seen = [], set()
+        raise UserError(
+            f"{root}: there is no such folder, give a folder of videos or a video file."
+        )
+    videos, seen, unread = [], set(), Counter()
 
     def warn(error: OSError) -> None:
         logger.warning("%s: left out, the folder cannot be read", error.filename)
@@ -115,33 +166,69 @@ def find_videos(root: str | Path) -> list[Video]:
             if real in seen:
                 continue
             seen.add(real)
-            video = Video.of(Path(folder), [*files, *below])
-            if any(FRAME_NAME.fullmatch(name) for name in files):
+            files = [name for name in files if not name.startswith(".")]
+            path, target = Path(folder), Path(os.path.relpath(folder, root))
+            video = Video.of(path, target, [*files, *below], every)
+            if set(video.names) & set(files):
                 videos.append(video)
+            clips = [name for name in files if is_clip(Path(name))]
+            videos += [Video(path / c, target / Path(c).stem, every=every) for c in clips]
+            unread.update(_unread(files))
             inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
             folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
+    if unread:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
+        logger.warning("%s: not read: %s; %s", root, kinds, HOW_THEY_ARE_READ)
     if not videos:
-        raise UserError(f"{root}: no video in it, a video is a folder that holds image_0.png, ...")
+        raise UserError(
+            f"{root}: no video in it, a video is a folder that holds image_0.png, ... or a file "
+            "such as .mp4"
+        )
     return sorted(videos, key=lambda video: (natural_key(video.path), str(video)))
 
 
+def find_in_all(roots: Sequence[Path], every: int = 1) -> list[Video]:
+    """Return the videos of several folders or files; of several, each has a target of its name.
+
+    Raises:
+        UserError: as of `find_videos`, or two have the same name.
+    """
+    if len(roots) == 1:
+        return find_videos(roots[0], every)
+    videos, names = [], {}
+    for root in roots:
+        name = root.resolve().name
+        if name in names:
+            raise UserError(f"{names[name]} and {root} have the same name: label them apart")
+        names[name] = root
+        for video in find_videos(root, every):
+            below = Path() if root.is_file() else Path(name)
+            videos.append(replace(video, target=below / video.target))
+    return videos
+
+
+def _unread(files: list[str]) -> Counter[str]:
+    """Count what looks like data in a folder and is neither frame, mask nor clip, by its kind."""
+    frame = FRAME_NAME if any(map(FRAME_NAME.fullmatch, files)) else OTHER_NAME
+    rest = [name for name in files if name not in MASKS and not frame.fullmatch(name)]
+    kinds = [DATA_KINDS.get(Path(name).suffix.lower()) for name in rest]
+    return Counter(kind for kind in kinds if kind)
+
+
 def list_video(folder: str | Path) -> Video:
-    """Return the video in one folder. Raises UserError if that cannot be read."""
+    """Return the video in one folder, or of one file. Raises UserError if that cannot be read."""
+    folder = Path(folder)
+    if is_clip(folder) and folder.is_file():
+        return Video(folder, Path(folder.stem))
     try:
-        return Video.of(Path(folder), os.listdir(folder))  # noqa: PTH208 - names, not paths
+        return Video.of(folder, Path(folder.name), os.listdir(folder))  # noqa: PTH208 - names
     except OSError as error:
         raise UserError(f"{folder}: the folder cannot be read ({error.strerror}).") from None
 
 
 def has_mask(folder: str | Path) -> bool:
-    """Return whether there is a mask.npy in a folder, even one that cannot be read."""
-    try:
-        Path(folder, MASK).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # `read_mask` says what is wrong with it
-        pass
-    return True
+    """Return whether there is a mask.npy or .npz in a folder, even one that cannot be read."""
+    return any(os.path.lexists(Path(folder, name)) for name in MASKS)
 
 
 def find_labelled(root: str | Path) -> list[Video]:
@@ -152,94 +239,119 @@ def find_labelled(root: str | Path) -> list[Video]:
     return videos
 
 
-def read_frame(path: str | Path) -> Tensor:
-    """Return one picture as uint8 (3, H, W), RGB. Raises UserError if it cannot be decoded."""
-    path = Path(path)
-    try:
-        _must_be_file(path)
-        with Image.open(path, formats=["PNG"]) as png:
-            _check_shape(path, png.width, png.height)
-            sixteen_bits = any("16" in str(tile.args) for tile in png.tile)
-            if sixteen_bits or "transparency" in png.info:
-                raise UserError(f"{path}: not plain 8-bit RGB, convert the file.")
-            png.fp.seek(12)
-            if png.fp.read(4) != b"IHDR":  # pixels before it are decoded into nonsense
-                raise ValueError("no header")
-            png.verify()  # the checksums of the pixels, which decoding alone does not look at
-        with Image.open(path, formats=["PNG"]) as png:
-            raw = np.asarray(png)
-            pixels = raw if png.mode == "RGB" else np.asarray(png.convert("RGB"))
-        # Rows that are not there stay zeros; the last two are the last of any order of rows.
-        if not all(row.any() for row in raw[-2:]) and not _has_all_rows(path.read_bytes()):
-            raise ValueError("rows are missing")
-    except (UserError, MemoryError):  # for which a frame of this size is never to blame
-        raise
-    except Exception as error:  # damaged files raise nearly anything
-        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-        raise UserError(
-            f"{path}: unreadable PNG{why}, replace the file or remove the video."
-        ) from None
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+def read_mask(folder: str | Path, frames: int | None = None) -> np.ndarray | None:
+    """Return the mask of a folder: integers (T, H, W), ids not checked; None if there is none.
 
+    A mask.npy is memory-mapped. Of a mask.npz the header is looked at first: what it claims is
+    inflated only where it is a mask, and of `frames` frames where these are given.
 
-def _must_be_file(path: Path) -> None:
-    """Raise OSError for a pipe, which would be waited for, a folder or a device."""
-    if not path.is_file():
-        raise OSError("not a file")
-
-
-def _check_shape(path: Path, width: int, height: int) -> None:
-    """Raise UserError for a size that no frame has."""
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path}: {width} x {height} pixels are too many.")
-    short, long = sorted((width, height))
-    if long > max(LONG, MAX_RATIO * short):
-        raise UserError(f"{path}: {width} x {height} pixels are no shape of a frame.")
-
-
-def _has_all_rows(png: bytes) -> bool:
-    """Return whether the pixels of a PNG that Pillow has decoded go on to its last row."""
-    at, packed = 8, b""
-    while (name := png[at + 4 : at + 8]) not in (b"IEND", b""):
-        end = at + 8 + int.from_bytes(png[at : at + 4])
-        packed += png[at + 8 : end] if name == b"IDAT" else b""
-        at = end + 4
-    width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", png[16:29])
-    need = 0
-    for step_x, step_y, x, y in PASSES[interlaced]:
-        wide, high = -(-(width - x) // step_x), -(-(height - y) // step_y)
-        if wide > 0 and high > 0:
-            need += high * (1 + -(-wide * depth * CHANNELS[colour] // 8))  # a row and its filter
-    return len(zlib.decompressobj().decompress(packed, need)) == need
-
-
-def read_mask(folder: str | Path) -> np.ndarray | None:
-    """Return mask.npy, memory-mapped: integers (T, H, W), ids not checked; None if there is none.
-
-    Raises UserError if it is not a whole .npy file of integers with three axes.
+    Raises:
+        UserError: there are two, or it is not a whole file of integers with three axes.
     """
-    path = Path(folder, MASK)
-    if not has_mask(folder):
+    paths = [path for name in MASKS if os.path.lexists(path := Path(folder, name))]
+    if not paths:
         return None
+    if len(paths) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(MASKS)}, delete the one that is wrong.")
+    (path,) = paths
     try:
-        _must_be_file(path)
-        mask = np.lib.format.open_memmap(path, mode="r")  # np.load, but never a zip or a pickle
+        must_be_file(path)
+        if path.name == MASK:
+            mask = np.lib.format.open_memmap(path, mode="r")  # np.load, but never a pickle
+            shape, dtype = mask.shape, mask.dtype
+        else:
+            shape, dtype = _npz_header(path)
     except Exception as error:  # damaged headers raise nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:REASON]
-        raise UserError(f"{path}: unreadable mask ({reason}), replace the file.") from None
-    if mask.dtype.kind not in "iu" or mask.ndim != 3:
-        what = f"{mask.dtype} {mask.shape}"[:REASON]
+        raise UserError(_unreadable(path, error)) from None
+    if dtype.kind not in "iu" or len(shape) != 3:
+        what = f"{dtype} {shape}"[:REASON]
         raise UserError(f"{path}: holds {what}, not class ids (frames, height, width); replace it.")
-    return mask
+    if path.name == MASK:
+        return mask
+    if faults := _shape_faults(path, shape, frames, None):
+        raise UserError(" ".join(faults))
+    try:
+        return np.load(path)["mask"]
+    except Exception as error:
+        raise UserError(_unreadable(path, error)) from None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:REASON]
+    return f"{path}: unreadable mask ({reason}), replace the file."
+
+
+def _npz_header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and type of what a mask.npz holds, without inflating it."""
+    with zipfile.ZipFile(path) as archive, archive.open("mask.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version[0]](file)
+        if math.prod(shape) * dtype.itemsize != archive.getinfo("mask.npy").file_size - file.tell():
+            raise ValueError("its size is not that of its header")
+        return shape, dtype
+
+
+def read_frames(video: Video) -> Iterator[Frame]:
+    """Yield the frames of a video, in the order of their numbers, each when it is read.
+
+    Raises:
+        UserError: with all that is wrong with it, after the last frame before the first fault.
+    """
+    faults: list[str] = []
+    for frame in _frames(video, faults):
+        if not faults:
+            yield frame
+    if faults:
+        raise UserError(" ".join(faults))
 
 
 def read_video(video: Video) -> Tensor:
     """Return all frames of a video, uint8 (T, 3, H, W). Raises UserError if one has a fault."""
-    report = VideoReport(video)
-    frames = _check_frames(report)
-    if report.faults:
-        raise UserError(" ".join(report.faults))
-    return torch.stack(frames)
+    return torch.stack([frame.pixels for frame in read_frames(video)])
+
+
+def _frames(video: Video, faults: list[str]) -> Iterator[Frame]:
+    """Yield the frames that can be read; add what is wrong with the video to `faults`."""
+    if video.is_clip:
+        try:
+            for number, frame in enumerate(read_clip(video.path, video.every)):
+                if frame:
+                    yield Frame(frame.pixels, number, frame.seconds)
+        except UserError as error:
+            faults.append(str(error))
+        return
+    faults += _name_faults(video)
+    sizes: dict[tuple[int, ...], None] = {}
+    for number, path in zip(video.numbers, video.frames, strict=True):
+        try:
+            pixels = read_frame(path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        sizes[tuple(pixels.shape[1:])] = None
+        yield Frame(pixels, number)
+    if len(sizes) > 1:
+        faults.append(f"{video}: frames of different sizes: {_few(map(size_text, sizes))}.")
+
+
+def _name_faults(video: Video) -> list[str]:
+    """Return what is wrong with the names of the frames of a folder.
+
+    A gap is a fault where there are labels: equal counts may hide that they are shifted.
+    """
+    faults, numbers = [], set(video.numbers)
+    kinds = {re.sub(r"[0-9]+", "0", name): name for name in video.names}
+    if len(kinds) > 1:
+        faults.append(f"{video}: frames of several kinds: {_few(kinds.values())}: keep one.")
+    if video.labelled:
+        most = max(numbers, default=1)
+        gaps = (f"image_{n}.png" for n in range(0, most, video.every) if n not in numbers)
+        if names := _few(gaps):
+            faults.append(f"{video}: missing frame: {names}.")
+    if len(numbers) < len(video.names):
+        faults.append(f"{video}: two frames have the same number.")
+    return faults
 
 
 def read_labels(
@@ -255,7 +367,7 @@ def read_labels(
     Raises:
         UserError: not whole, not integers (T, H, W), an id outside 0..48, or another shape.
     """
-    mask = read_mask(folder)
+    mask = read_mask(folder, frames)
     if mask is None:
         return None
     if faults := _mask_faults(folder, mask, frames, size)[0]:
@@ -268,55 +380,47 @@ class VideoReport:
     """What a video holds; `faults` has one sentence for each thing that is wrong with it."""
 
     video: Video
+    count: int = 0  # frames
     size: tuple[int, int] | None = None  # height, width
     classes: tuple[int, ...] = ()  # the ids that occur in the mask, background included
     faults: list[str] = field(default_factory=list)
 
-    def attempt(self, read: Callable, path: Path) -> Any:
-        """Return read(path), or None and keep the fault."""
-        try:
-            return read(path)
-        except UserError as error:
-            self.faults.append(str(error))
-            return None
-
 
 def inspect_video(video: Video) -> VideoReport:
     """Read every file of a video and return what it holds and what is wrong with it."""
-    return load_video(video)[0]
+    report = VideoReport(video)
+    for frame in _frames(video, report.faults):
+        report.count += 1
+        report.size = report.size or tuple(frame.pixels.shape[1:])
+    report.count = len(video.names) or report.count
+    _check_mask(report)
+    return report
 
 
 def load_video(video: Video) -> tuple[VideoReport, np.ndarray | None]:
     """Return a report, and uint8 (T, 4, H, W), RGB and class id, if labelled and without fault."""
-    report = VideoReport(video)
-    frames = _check_frames(report)
-    mask = report.attempt(read_mask, video.path)
-    if mask is not None:
-        faults, ids = _mask_faults(video.path, mask, len(video.names), report.size)
-        report.classes = tuple(i for i in ids if 0 <= i < NUM_CLASSES)
-        report.faults += faults
+    report = VideoReport(video, len(video.names))
+    frames = [frame.pixels for frame in _frames(video, report.faults)]
+    report.size = tuple(frames[0].shape[1:]) if frames else None
+    mask = _check_mask(report)
     if mask is None or report.faults:
         return report, None
     return report, np.concatenate([torch.stack(frames), mask[:, None].astype(np.uint8)], axis=1)
 
 
-def _check_frames(report: VideoReport) -> list[Tensor]:
-    """Return the frames that can be read; report their size and what is wrong with them."""
-    video = report.video
-    numbers = {int(FRAME_NAME.fullmatch(name)[1]) for name in video.names}
-    gaps = (f"image_{n}.png" for n in range(max(numbers, default=1)) if n not in numbers)
-    if names := _few(gaps):
-        report.faults.append(f"{video}: missing frame: {names}.")
-    if len(numbers) < len(video.names):
-        report.faults.append(f"{video}: two frames have the same number.")
-    found = [report.attempt(read_frame, path) for path in video.frames]
-    frames = [frame for frame in found if frame is not None]
-    sizes = list(dict.fromkeys(tuple(frame.shape[1:]) for frame in frames))
-    if len(sizes) > 1:
-        sentence = f"{video}: frames of different sizes: {_few(map(size_text, sizes))}."
-        report.faults.append(sentence)
-    report.size = sizes[0] if sizes else None
-    return frames
+def _check_mask(report: VideoReport) -> np.ndarray | None:
+    """Return the mask of a video, if it has one that can be read; report what is wrong with it."""
+    folder = report.video.path
+    try:
+        mask = read_mask(folder, report.count)
+    except UserError as error:
+        report.faults.append(str(error))
+        return None
+    if mask is not None:
+        faults, ids = _mask_faults(folder, mask, report.count, report.size)
+        report.classes = tuple(i for i in ids if 0 <= i < NUM_CLASSES)
+        report.faults += faults
+    return mask
 
 
 def _mask_faults(
@@ -327,21 +431,30 @@ def _mask_faults(
     They are not looked at where it is larger than it must be and than a frame can be: a file of
     terabytes may have no content on the disk.
     """
-    path, faults, ids = folder / MASK, [], []
-    if mask.size == 0:
-        faults.append(f"{path}: holds no mask ({mask.shape}), replace the file.")
-    if frames is not None and len(mask) != frames:
-        kind = "short" if len(mask) < frames else "long"
-        faults.append(f"{path}: too {kind}: {len(mask)} masks, {frames} frames.")
-    if size is not None and mask.shape[1:] != tuple(size):
-        faults.append(f"{path} is {size_text(mask.shape[1:])}, frames are {size_text(size)}.")
-    if mask[0:1].size > MAX_PIXELS:
-        faults.append(f"{path}: {size_text(mask.shape[1:])} pixels are too many.")
+    path = folder / (MASK if os.path.lexists(folder / MASK) else MASKS[1])
+    faults, ids = _shape_faults(path, mask.shape, frames, size), []
     if not faults or mask.size <= MAX_PIXELS:
         ids = sorted({i for frame in mask for i in np.unique(frame).tolist()})
     if names := _few(i for i in ids if not 0 <= i < NUM_CLASSES):
         faults.append(f"{path}: holds ids outside 0..{NUM_CLASSES - 1}: {names}.")
     return faults, ids
+
+
+def _shape_faults(
+    path: Path, shape: tuple[int, ...], frames: int | None, size: Sequence[int] | None
+) -> list[str]:
+    """Return what is wrong with the shape (T, H, W) of a mask, a sentence each."""
+    faults = []
+    if not math.prod(shape):
+        faults.append(f"{path}: holds no mask ({shape}), replace the file.")
+    if frames is not None and shape[0] != frames:
+        kind = "short" if shape[0] < frames else "long"
+        faults.append(f"{path}: too {kind}: {shape[0]} masks, {frames} frames.")
+    if size is not None and shape[1:] != tuple(size):
+        faults.append(f"{path} is {size_text(shape[1:])}, frames are {size_text(size)}.")
+    if math.prod(shape[1:]) > MAX_PIXELS:
+        faults.append(f"{path}: {size_text(shape[1:])} pixels are too many.")
+    return faults
 
 
 def odd_sizes(sizes: dict[Video, tuple[int, ...]]) -> dict[Video, str]:

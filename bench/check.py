@@ -39,7 +39,7 @@ from model import UNet
 from optim import MuonAdamW
 from outputs import Outputs, provenance
 from runs import LAST, Run
-from train import MAX_NORM, train_epochs, validate
+from train import MAX_NORM, RATES, train_epochs, validate
 from videos import find_videos, read_labels, read_video
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,10 @@ def compare_labels(case: Case, full: bool) -> Finding:
 
 
 def training_step(case: Case, device: torch.device, full: bool) -> tuple[float, Tensor]:
-    """Return the loss of a step of train.py, and by how much it changes all weights, (N,)."""
+    """Return the loss of a step, and by how much it changes all weights, (N,).
+
+    Its lines are those of train.train_one_epoch, written again.
+    """
     images = torch.cat(case.frames)[::VIDEOS][:STEP_FRAMES]
     masks = torch.cat(case.masks)[::VIDEOS][:STEP_FRAMES]
     torch.manual_seed(SEED)
@@ -175,7 +178,8 @@ def run_train(case: Case, out: str, epochs: int = 2, resume: bool = False) -> Te
         with quiet, warnings.catch_warnings(action="ignore"):
             loaders = make_loaders(training, validation, 4, 0, 0, processes)
             steps = len(loaders[0])
-            run = Run.open(model, processes, 4, steps, 2, resume=last if resume else None)
+            last_one = last if resume else None
+            run = Run.open(model, processes, 4, steps, 2, RATES[0], resume=last_one)
             train_epochs(run, *loaders, epochs, last.parent)
     finally:
         torch.set_deterministic_debug_mode(deterministic)
@@ -202,7 +206,7 @@ def label_and_validate(data: Path, ckpt: Path, out: Path, name: str) -> dict[str
     processes = devices.Processes(devices.choose_device(name))
     device = processes.device
     videos = CLEVRDataset(processes.share_out(find_videos(data)), labelled=False)
-    outputs = Outputs(out, data, provenance(None))
+    outputs = Outputs(out, provenance(None))
     deque(label_videos(Labeller(UNet.load(ckpt), device), videos, outputs), maxlen=0)
     dataset = CLEVRDataset(data, cache=False)
     batches = ShardedBatches(len(dataset), 8, processes, False)

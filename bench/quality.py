@@ -25,6 +25,7 @@ from dataset import CLEVRDataset, split_videos
 from evaluate import Tally
 from labelling import Labeller
 from optim import MuonAdamW, learning_rate_at, update_ema
+from scale import AS_THEY_ARE
 from train import MAX_NORM, RATES, validate
 
 LOOKS = 40  # at a network while it learns
@@ -87,7 +88,7 @@ def label_whole(
     model: nn.Module, data: CLEVRDataset, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name, the true and the predicted labels (T, H, W) of each video, as infer.py's."""
-    labeller = Labeller(model, device)
+    labeller = Labeller(model, device, scale=AS_THEY_ARE)
     for v, video in enumerate(data.videos):
         frames = data.video(v)
         truth = torch.stack([data[i][1] for i in (data.index[:, 0] == v).nonzero()[0]])

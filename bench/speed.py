@@ -33,6 +33,7 @@ from model import UNet
 from optim import MuonAdamW, update_ema
 from outputs import Outputs, provenance
 from runs import Keeper, Run
+from scale import AS_THEY_ARE
 from videos import Video, read_video
 
 TURN_SECONDS = 0.3  # at least, for one turn of a network: short calls are repeated
@@ -187,7 +188,7 @@ def measure_infer(
     model: UNet, videos: list[Video], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return the rates of infer.py, of its network on frames in memory, and of its decoding."""
-    labeller, cpu = Labeller(model, device), torch.device("cpu")
+    labeller, cpu = Labeller(model, device, scale=AS_THEY_ARE), torch.device("cpu")
 
     @torch.inference_mode()
     def look(frames: Tensor) -> None:
@@ -203,7 +204,7 @@ def measure_infer(
         number = min(MAX_VIDEOS, calls_for(SCRIPT_SECONDS, lambda: look(frames[0]), device))
         dataset = linked_videos(videos, Path(folder, "data"), number)
         in_memory = [*islice(cycle(frames), number)]
-        outputs = Outputs(Path(folder, "masks"), Path(folder, "data"), provenance(None))
+        outputs = Outputs(Path(folder, "masks"), provenance(None))
         workers = choose_decoders(dataset, None, BATCH_SIZE, devices.Processes(device))
         calls = {
             "infer.py": lambda: deque(label_videos(labeller, dataset, outputs, workers), maxlen=0),
@@ -238,6 +239,7 @@ def measure_train(
         with devices.mixed_precision(device):
             loss = run.model(*crops)
         loss.backward()
+        nn.utils.clip_grad_norm_(run.model.parameters(), train.MAX_NORM)
         run.optimizer.step(1e-6)
         update_ema(run.ema, run.model, run.step)
 
@@ -250,9 +252,9 @@ def measure_train(
             augment(images.to(device), masks.to(device))
 
     with tempfile.TemporaryDirectory() as folder:
-        keeper = Keeper(run, Path(folder))
+        out = Path(folder)
         calls = {
-            "train.py": lambda: train.train_one_epoch(run, run.model, loader, keeper),
+            "train.py": lambda: train.train_one_epoch(run, run.model, loader, Keeper(run, out)),
             "the step alone": lambda: deque((step() for _ in range(number)), maxlen=0),
             "reading and augmenting alone": read,
         }

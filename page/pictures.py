@@ -4,6 +4,7 @@ Pictures are numpy arrays, uint8, (height, width, 3) or with a leading axis of f
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from classes import BACKGROUND_PAINT, NUM_KINDS, PAINT, palette
 from utils import UserError
-from videos import find_videos, has_mask, read_labels, read_video
+from videos import find_in_all, has_mask, read_labels, read_video
 
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
 TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
@@ -125,14 +126,17 @@ def reduced(frames: np.ndarray, labels: list[np.ndarray], width: int) -> list[np
     return [small, *picked]
 
 
-def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> np.ndarray:
+def draw_strip(
+    masks: Path, data: Sequence[Path], moving: bool = False, every: int = 1, most: int = 4
+) -> np.ndarray:
     """Draw videos that lie evenly apart in the list side by side, each above its masks.
 
     Args:
         masks: The folder that infer.py wrote.
-        data: The folder of videos, of one size.
+        data: Folders of videos, of one size.
         moving: Whether to draw all frames, each above itself with the objects tinted and outlined;
             else the middle one, above the true masks where `data` has any and the predicted.
+        every: As of `find_videos`.
         most: Videos.
 
     Returns:
@@ -141,18 +145,19 @@ def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> 
     Raises:
         UserError: there is no such video with masks, or one has a fault.
     """
-    videos = find_videos(data)
+    videos = find_in_all(data, every)
+    where = ", ".join(map(str, data))
     labelled = [video for video in videos if video.labelled]
     videos = labelled if labelled and not moving else videos
-    videos = [video for video in videos if has_mask(masks / video.path.relative_to(data))]
+    videos = [video for video in videos if has_mask(masks / video.target)]
     if not videos:
-        raise UserError(f"{masks}: holds no masks of the videos in {data}, run infer.py on them")
+        raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
     shown = [videos[i * len(videos) // most] for i in range(most)] if len(videos) > most else videos
     strip = []
     for video in shown:
         frames = read_video(video).permute(0, 2, 3, 1).numpy()
         shape = len(frames), frames.shape[1:3]
-        mask = read_labels(masks / video.path.relative_to(data), *shape).numpy()
+        mask = read_labels(masks / video.target, *shape).numpy()
         if moving:
             rows = [frames, draw_over(frames, mask)]
         else:
@@ -161,6 +166,6 @@ def draw_strip(masks: Path, data: Path, moving: bool = False, most: int = 4) -> 
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:
-        raise UserError(f"{data}: videos of different sizes cannot stand side by side in a strip")
+        raise UserError(f"{where}: videos of different sizes cannot stand side by side in a strip")
     length = min(map(len, strip))
     return np.concatenate([column[:length] for column in strip], axis=2)

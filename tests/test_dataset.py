@@ -292,7 +292,7 @@ def test_a_cache_that_cannot_be_written_warns_once_and_goes_on(data, tmp_path, c
     assert same(everything(data_set), everything(CLEVRDataset(data, cache=False)))
 
 
-def test_a_full_disk_warns_once_and_leaves_no_scraps(data, monkeypatch, caplog):
+def test_a_full_disk_warns_once_and_leaves_no_leftovers(data, monkeypatch, caplog):
     save, calls = np.save, itertools.count()
 
     def full(stream, block):

@@ -11,7 +11,7 @@ from conftest import ROOT, make_video, write_video
 import batches
 import labelling
 from dataset import CLEVRDataset
-from devices import Processes
+from devices import Processes, mixed_precision
 from labelling import Labeller, choose_decoders, fill_batches
 from model import UNet
 from render import render_video
@@ -58,6 +58,15 @@ def test_the_network_is_compiled_for_the_threads_of_a_worker_thread(monkeypatch)
         assert (seen, torch.get_num_threads()) == ([1], 4)
     finally:
         torch.set_num_threads(1)
+
+
+def test_without_tracking_labels_are_those_of_predict(tmp_path):
+    """Bit for bit, in the precision that the network computes in."""
+    frames, _ = render_video(5, (4, 6), num_frames=5)
+    labeller = Labeller.load(ROOT / "weights/clevr_unet.pt", tracking=False)
+    with mixed_precision(frames.device):
+        expected = labeller.model.predict(frames)
+    assert torch.equal(labeller.label([frames])[0].labels, expected)
 
 
 def test_short_videos_fill_a_batch_and_none_is_torn():

@@ -169,7 +169,7 @@ def test_two_tracks_that_want_one_class_share_out_what_costs_least():
     assert scene.classes(found, 1, name=2) == {RED_CUBE}
 
 
-def test_only_scraps_without_a_likely_class_are_dropped():
+def test_only_specks_without_a_likely_class_are_dropped():
     scene = Scene(6)
     for t in range(6):
         scene.box(t, 60, 60, RED_CUBE)

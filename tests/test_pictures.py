@@ -91,7 +91,7 @@ def test_strip_of_labelled_videos_has_frames_truth_and_masks(tmp_path):
         folder.mkdir(parents=True)
         np.save(folder / "mask.npy", np.full((3, 6, 8), 9, np.uint8))
     make_video(tmp_path / "data/video_9", labelled=False)
-    (strip,) = pictures.draw_strip(tmp_path / "masks", tmp_path / "data")
+    (strip,) = pictures.draw_strip(tmp_path / "masks", [tmp_path / "data"])
     assert strip.shape == (18, 32, 3)
     assert strip[0, ::8, 0].tolist() == [1, 11, 31, 41]  # the middle frames of videos 0, 1, 3, 4
     assert strip[6, 0].tolist() == pictures.palette()[2].tolist()
@@ -102,7 +102,7 @@ def test_moving_strip_is_as_long_as_the_shortest_video(tmp_path):
     for i, count in enumerate((4, 3)):
         make_video(tmp_path / f"data/video_{i}", frames=count, labelled=False)
         make_video(tmp_path / f"masks/video_{i}", frames=count)
-    strip = pictures.draw_strip(tmp_path / "masks", tmp_path / "data", moving=True)
+    strip = pictures.draw_strip(tmp_path / "masks", [tmp_path / "data"], moving=True)
     assert strip.shape == (3, 12, 16, 3)
     assert (strip[:, :6] != strip[:, 6:]).any()
 
@@ -110,7 +110,7 @@ def test_moving_strip_is_as_long_as_the_shortest_video(tmp_path):
 def test_strip_without_masks_or_of_two_sizes_is_refused(tmp_path):
     make_video(tmp_path / "data/video_0")
     with pytest.raises(UserError, match=r"run infer\.py"):
-        pictures.draw_strip(tmp_path / "masks", tmp_path / "data")
+        pictures.draw_strip(tmp_path / "masks", [tmp_path / "data"])
     make_video(tmp_path / "data/video_1", size=(8, 6))
     with pytest.raises(UserError, match="different sizes"):
-        pictures.draw_strip(tmp_path / "data", tmp_path / "data")
+        pictures.draw_strip(tmp_path / "data", [tmp_path / "data"])

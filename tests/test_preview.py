@@ -52,7 +52,7 @@ def made(tmp_path_factory) -> Path:
     add(root, "video_4")
     (root / "data/video_4/image_2.png").write_bytes(b"no picture")
     (root / "masks/train/video_10/objects.csv").write_text(TABLE)
-    shown, faults = preview.write_preview(root / "masks", root / "data", root / "out", 240)
+    shown, faults = preview.write_preview(root / "masks", [root / "data"], root / "out", 240)
     assert (shown, len(faults)) == (3, 1)
     return root
 
@@ -101,13 +101,13 @@ def test_what_is_still_true_is_kept_and_the_rest_made_again(tmp_path, call):
     status, out, _ = call(preview, *arguments)
     assert (status, out) == (0, f"2 videos: open {tmp_path / 'o/index.html'} in a browser\n")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/video_*/*")}
-    scrap = tmp_path / "o/video_1/.masks.png.0123456789abcdef.tmp"  # of a run that was killed
-    scrap.touch()
+    leftover = tmp_path / "o/video_1/.masks.png.0123456789abcdef.tmp"  # of a run that was killed
+    leftover.touch()
     np.save(tmp_path / "masks/video_1/mask.npy", moving(2).numpy())
     assert call(preview, *arguments)[0] == 0
     changed = {p.parent.name for p, ns in before.items() if p.stat().st_mtime_ns != ns}
     assert changed == {"video_1"}
-    assert not scrap.exists()
+    assert not leftover.exists()
 
 
 def test_faults_are_named_and_the_rest_is_shown(tmp_path, call):
@@ -291,7 +291,7 @@ def test_large_video_is_stepped_by_keys_beside_its_truth(page):
     page.press(keys.ARROW_RIGHT)
     assert page.texts("#frame") == ["frame 2 of 3"]
     assert page.seen("#panels canvas")[0] == "frame 2: red metal cube"
-    rows = page.texts("#things tr")
+    rows = page.texts("#items tr")
     assert [row.split("\n")[-1].split()[-3:] for row in rows] == [
         ["10", "%", "0.778"],
         ["40", "%", "1.000"],

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import dataset
 from dataset import CLEVRDataset
+from decode import read_frame
 from utils import UserError
-from videos import find_labelled, find_videos, inspect_video, list_video, read_frame, read_video
+from videos import find_labelled, find_videos, inspect_video, list_video, read_video
 
 SIZE = (6, 8)  # height, width, of make_video
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -1,7 +1,7 @@
 """Scripts that crash at a chosen point of their work on files, in forked children of a driver.
 
-The driver (`python tests/crashes.py`) has imported torch and all scripts and run nothing; it reads
-a job in JSON from each line of stdin, forks a child that runs the script's main, and answers with
+The driver (this file as a script) has imported torch and all scripts and run nothing; it reads a
+job in JSON from each line of stdin, forks a child that runs the script's main, and answers with
 the child's exit status and the points that it passed. A point is what comes just before a file is
 opened to be written, flushed to disk, renamed or deleted, or a folder made or deleted. At the point
 that the job names the child ends at once; with `power`, all that was written and never flushed to

@@ -32,6 +32,7 @@ import preview
 import train
 from checkpoints import digest, load_checkpoint
 from dataset import CLEVRDataset
+from decode import read_frame
 from devices import Processes
 from log import Log
 from model import UNet
@@ -39,7 +40,7 @@ from outputs import Outputs, read_confidence
 from runs import LAST, Run
 from scale import learned_size
 from utils import UserError
-from videos import inspect_video, list_video, read_frame, read_labels
+from videos import inspect_video, list_video, read_labels
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
 SCRIPTS = 4  # of so many inputs, one also goes through the scripts that take longer
@@ -375,8 +376,8 @@ def test_tables_records_and_logs(tmp_path, examples, try_each):
         path.write_bytes(content)
         watch.begin(name, content[:2000])
         if name == "mask.json":
-            made_by = {"checkpoint": "y", "options": {}, "version": "0"}
-            assert Outputs(masks, data, made_by).stale_reason(list_video(video))
+            origin = {"checkpoint": "y", "options": {}, "version": "0"}
+            assert Outputs(masks, origin).stale_reason(list_video(video))
             counts[name, "made again"] += 1
         elif name == "log.csv":
             _, said = sentence(lambda: Log(folder, 2).board.close(), path)

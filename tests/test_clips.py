@@ -1,0 +1,461 @@
+"""Video files: masks of their frames, whole clips or a sentence, other names, shares, strides."""
+
+import csv
+import json
+import os
+import random
+import shutil
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import REAL, make_video, needs_real, write_video
+from PIL import Image
+from pycocotools import mask as coco
+from torch.utils.data import DataLoader, SequentialSampler
+
+import dataset
+import evaluate
+import infer
+import preview
+from checkpoints import SHIPPED
+from classes import class_id
+from dataset import CLEVRDataset
+from decode import count_frames, read_clip
+from render import render_video
+from utils import UserError
+from videos import find_videos, list_video, read_video
+
+SIZE = (64, 96)
+FRAMES = 30
+
+
+def write_clip(path, frames, codec="libx264"):
+    """Encode frames uint8 (T, 3, H, W), 25 a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(25))
+        stream.height, stream.width = frames.shape[2:]
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for frame in frames.permute(0, 2, 3, 1).numpy():
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return render_video(5, (4, 6), FRAMES, height=SIZE[0], width=SIZE[1])[0]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, frames):
+    return write_clip(tmp_path_factory.mktemp("clips") / "video_00007.mp4", frames)
+
+
+@pytest.fixture
+def run(call):
+    """Run infer.py with the shipped weights in this process."""
+    options = ("--ckpt", SHIPPED, "--device", "cpu", "--workers", 0)
+    return lambda *arguments: call(infer, *options, *arguments)
+
+
+def decoded(clip):
+    """Return the frames of a clip by other calls than the program's."""
+    with av.open(str(clip)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def write_frames(folder, clip):
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(decoded(clip)):
+        Image.fromarray(frame).save(folder / f"image_{t}.png")
+    return folder
+
+
+def mask(path):
+    return np.load(path)
+
+
+@pytest.mark.parametrize("batch_size", [7, 22, 64])  # the clip is 30 frames long
+def test_a_clip_has_the_masks_of_its_frames(run, tmp_path, clip, batch_size):
+    data = tmp_path / "data"
+    write_frames(data / "a/frames", clip)
+    shutil.copy(clip, data / "a/clip.mp4")
+    status, said, err = run("--data", data, "--out", tmp_path / "out", "--batch-size", batch_size)
+    assert (status, err) == (0, "")
+    assert "2 videos, 60 frames" in said
+    found = mask(tmp_path / "out/a/clip/mask.npy")
+    assert found.shape == (FRAMES, *SIZE)
+    assert found.any()
+    assert np.array_equal(found, mask(tmp_path / "out/a/frames/mask.npy"))
+    assert run("--data", data / "a/clip.mp4", "--out", tmp_path / "one")[0] == 0
+    assert np.array_equal(found, mask(tmp_path / "one/clip/mask.npy"))
+
+
+@needs_real
+def test_a_clip_of_clevrer_shows_its_six_objects_in_all_frames(run, tmp_path):
+    """video_a.mp4 holds two spheres, three cylinders and a cube; none comes or goes."""
+    names = "yellow metal sphere, gray metal sphere, cyan metal cylinder, purple metal cylinder, "
+    names += "purple rubber cylinder, purple metal cube"
+    there = {class_id(*reversed(name.split())) for name in ()}
+    for name in names.split(", "):
+        colour, material, shape = name.split()
+        there.add(class_id(shape, material, colour))
+    source = REAL / "clevrer/video_a.mp4"
+    assert run("--data", source, "--out", tmp_path / "out")[0] == 0
+    found = mask(tmp_path / "out/video_a/mask.npy")
+    assert found.shape == (128, 320, 480)
+    assert set(np.unique(found)) == {0, *there}
+
+
+def test_frames_of_a_clip_are_read_in_any_order_and_by_workers(clip, frames):
+    data = CLEVRDataset(clip.parent, labelled=False)
+    whole = torch.from_numpy(decoded(clip)).permute(0, 3, 1, 2)
+    assert len(data) == FRAMES
+    assert data.index.tolist() == [[0, t] for t in range(FRAMES)]
+    for t in (5, 6, 29, 0, 0, 17):
+        assert torch.equal(data[t], whole[t])
+    for workers in (0, 2):  # a container that this process has opened is not read from by another
+        loader = DataLoader(data, 11, sampler=SequentialSampler(data), num_workers=workers)
+        assert torch.equal(torch.cat(list(loader)), whole)
+    assert (whole.float() - frames.float()).abs().mean() < 8, "as they were encoded"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".gif", "gif"), (".webm", "libvpx"), (".avi", "mpeg4")]
+)
+def test_other_video_files_are_read(tmp_path, frames, suffix, codec):
+    path = write_clip(tmp_path / f"video{suffix}", frames, codec)
+    video = list_video(path)
+    assert len(read_video(video)) == video.count() == FRAMES
+
+
+def test_every_so_manyth_frame_is_taken_of_clips_and_of_folders(run, tmp_path, clip):
+    data = tmp_path / "data"
+    write_frames(data / "frames", clip)
+    shutil.copy(clip, data / "clip.mp4")
+    status, said, _ = run("--data", data, "--out", tmp_path / "out", "--every", 6, "--objects")
+    assert status == 0
+    assert "2 videos, 10 frames" in said
+    found = [mask(tmp_path / f"out/{name}/mask.npy") for name in ("clip", "frames")]
+    assert np.array_equal(*found)
+    rows = list(csv.DictReader((tmp_path / "out/clip/objects.csv").open(newline="")))
+    assert {(row["frame"], row["number"], row["seconds"]) for row in rows} == {
+        (str(i), str(6 * i), str(6 * i / 25)) for i in range(5)
+    }
+    rows = list(csv.DictReader((tmp_path / "out/frames/objects.csv").open(newline="")))
+    assert {(row["number"], row["seconds"]) for row in rows} == {(str(6 * i), "") for i in range(5)}
+
+
+def test_what_would_meet_in_one_folder_is_refused_before_anything_is_labelled(run, tmp_path, clip):
+    write_frames(tmp_path / "data/x", clip)
+    shutil.copy(clip, tmp_path / "data/x.mp4")
+    status, _, err = run("--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert status == 2
+    assert "data/x and " in err
+    assert "data/x.mp4 would both be labelled in" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_plays_a_clip(run, call, tmp_path, clip):
+    for every in (1, 5):
+        out, page = tmp_path / f"out{every}", tmp_path / f"page{every}"
+        assert run("--data", clip, "--out", out, "--every", every)[0] == 0
+        arguments = ("--masks", out, "--data", clip, "--every", every)
+        assert call(preview, *arguments, "--out", page, "--strip", tmp_path / "s.webp")[0] == 0
+        shown = preview.read_description(page / "video_00007/video.js")
+        assert (shown["frames"], shown["size"]) == (FRAMES // every, [SIZE[1], SIZE[0]])
+        assert shown["objects"]
+
+
+# Damage
+
+
+def test_what_is_no_whole_clip_is_named_and_the_others_are_done(run, tmp_path, clip, call):
+    data = tmp_path / "data"
+    data.mkdir()
+    content = clip.read_bytes()
+    shutil.copy(clip, data / "good.mp4")
+    (data / "half.mp4").write_bytes(content[: len(content) // 2])
+    (data / "empty.mp4").write_bytes(b"")
+    (data / "text.mp4").write_text("no video")
+    with av.open(str(data / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    os.mkfifo(data / "pipe.mp4")
+    status, said, err = run("--data", data, "--out", tmp_path / "out")
+    assert status == 1
+    assert "1 videos, 30 frames" in said
+    assert "5 videos skipped" in err
+    for name in ("half", "empty", "text", "sound", "pipe"):
+        assert f"{name}.mp4" in err
+    assert "Traceback" not in err
+    assert [path.parent.name for path in (tmp_path / "out").rglob("mask.npy")] == ["good"]
+    status, said, _ = call(dataset, data)
+    assert status == 1
+    assert "videos with faults: 5" in said
+
+
+def test_a_clip_that_ends_before_its_header_says_is_no_clip(tmp_path, clip):
+    """Its index says 30 frames, and so does `stts`, but the last of them are zeros."""
+    content = bytearray(clip.read_bytes())
+    start = content.index(b"mdat") + 4
+    end = content.index(b"moov") - 4 if content.index(b"moov") > start else len(content)
+    content[start + 9 * (end - start) // 10 : end] = bytes(end - start - 9 * (end - start) // 10)
+    (tmp_path / "zeros.mp4").write_bytes(content)
+    with pytest.raises(UserError, match=r"zeros\.mp4: "):
+        list(read_clip(tmp_path / "zeros.mp4"))
+
+
+def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path, frames):
+    """60,000 x 60,000, of a GIF, whose header alone says how large its frames are."""
+    path = write_clip(tmp_path / "bomb.gif", frames, "gif")
+    content = bytearray(path.read_bytes())
+    assert [int.from_bytes(content[i : i + 2], "little") for i in (6, 8)] == [*SIZE[::-1]]
+    content[6:10] = (60_000).to_bytes(2, "little") * 2
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bomb\.gif: "):
+        list(read_clip(path))
+
+
+def test_one_changed_byte_is_a_sentence_or_a_clip_of_as_many_frames(
+    tmp_path, clip, record_property
+):
+    """h264 has no checksum: some changes are silent, and are counted."""
+    content, rng, ends = clip.read_bytes(), random.Random(0), {"same": 0, "silent": 0, "said": 0}
+    whole, path = decoded(clip), tmp_path / "damaged.mp4"
+    for _ in range(30):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            found = [frame.pixels.permute(1, 2, 0).numpy() for frame in read_clip(path)]
+        except UserError:
+            ends["said"] += 1
+            continue
+        same = len(found) == FRAMES and all(map(np.array_equal, found, whole))
+        ends["same" if same else "silent"] += 1
+    record_property("silently damaged clips", ends["silent"])
+    assert ends["said"] >= 10, ends  # a third of so small a clip is its header
+    assert ends["silent"] <= 3, ends
+
+
+# What frames there are is what is labelled
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["image_11.png", "image_12.png"], [11, 12]),
+        (["image_21.png"], [21]),
+        (["image_0.png", "image_3.png", "frame_1.png", "7.jpg"], [0, 3]),
+        (["frame_00001.png", "frame_00002.png"], [1, 2]),
+        (["10.jpg", "9.jpg"], [9, 10]),
+        (["image_0.jpeg"], [0]),
+    ],
+)
+def test_frames_are_labelled_in_the_order_of_their_numbers(run, tmp_path, names, numbers, caplog):
+    frames, _ = render_video(3, (3, 4), len(names), height=SIZE[0], width=SIZE[1])
+    folder = tmp_path / "data/video_1"
+    folder.mkdir(parents=True)
+    for name, frame in zip(names, frames, strict=True):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / name, quality=95)
+    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--objects")
+    status, said, _ = run(*arguments)
+    assert status == 0
+    assert len(mask(tmp_path / "out/video_1/mask.npy")) == len(numbers)
+    rows = csv.DictReader((tmp_path / "out/video_1/objects.csv").open(newline=""))
+    assert {int(row["number"]) for row in rows} <= set(numbers)
+    gaps = numbers != list(range(len(numbers)))
+    assert ("1 videos do not begin at frame 0 or have gaps" in said) == gaps
+    unread = len(names) - len(numbers)
+    assert (f"not read: {unread} pictures" in caplog.text) == bool(unread)
+
+
+def test_with_labels_a_gap_stays_a_fault(tmp_path):
+    video = make_video(tmp_path / "video_1", frames=3)
+    (video / "image_1.png").unlink()
+    np.save(video / "mask.npy", np.zeros((2, 6, 8), np.uint8))
+    with pytest.raises(UserError, match=r"missing frame: image_1\.png"):
+        read_video(list_video(video))
+
+
+def test_frames_of_two_kinds_are_a_fault(tmp_path):
+    video = make_video(tmp_path / "video_1", frames=2, labelled=False)
+    for t in (0, 1):
+        (video / f"image_{t}.png").rename(video / f"{t}.png")
+    shutil.copy(video / "1.png", video / "frame_1.png")
+    with pytest.raises(UserError, match=r"frames of several kinds: 1\.png, frame_1\.png: keep one"):
+        read_video(list_video(video))
+
+
+def test_what_is_not_read_is_counted_once_with_what_to_do(tmp_path, caplog):
+    video = make_video(tmp_path / "video_1", frames=2)
+    for name in ("mask_0.png", "masks.npy", "frames.zip", "notes.txt", ".hidden.png"):
+        (video / name).write_bytes(b"")
+    find_videos(tmp_path)
+    assert caplog.text.count("not read: 1 archives, 1 arrays, 1 pictures; frames are image_0") == 1
+
+
+# Proposals
+
+
+def read_proposals(path, size):
+    """Read masks as loaders of CLEVRER do: decoded by pycocotools, frame after frame."""
+    anno = json.loads(path.read_text())
+    masks = np.zeros((len(anno["frames"]), *size), np.uint8)
+    for t, frame in enumerate(anno["frames"]):
+        for item in frame["objects"]:
+            kind = class_id(item["shape"], item["material"], item["color"])
+            assert 0 <= item["score"] <= 1
+            masks[t][coco.decode(item["mask"]) > 0] = kind
+    return anno, masks
+
+
+def test_proposals_are_the_masks(run, tmp_path, clip):
+    data = tmp_path / "data"
+    write_frames(data / "video_12", clip)
+    shutil.copy(clip, data / "video_00007.mp4")
+    arguments = ("--data", data, "--proposals", tmp_path / "proposals", "--every", 5)
+    assert run(*arguments, "--out", tmp_path / "out")[0] == 0
+    for number, name in ((7, "video_00007"), (12, "video_12")):
+        path = tmp_path / f"proposals/proposal_{number:05}.json"
+        anno, masks = read_proposals(path, SIZE)
+        assert (anno["video_index"], anno["video_name"]) == (number, f"{name}.mp4")
+        assert [frame["frame_index"] for frame in anno["frames"]] == list(range(0, FRAMES, 5))
+        assert np.array_equal(masks, mask(tmp_path / "out" / name / "mask.npy"))
+
+
+def test_without_masks_proposals_are_resumed_by_their_records(run, tmp_path, clip):
+    out, folder = tmp_path / "out", tmp_path / "proposals"
+    arguments = ("--data", clip, "--out", out, "--proposals", folder, "--no-masks")
+    assert run(*arguments)[0] == 0
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["mask.json"]
+    assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
+    (folder / "proposal_00007.json").write_text("{}")
+    said = run(*arguments, "--resume")[1]
+    assert "made again: their proposal is not what was written with them" in said
+    assert json.loads((folder / "proposal_00007.json").read_text())["frames"]
+
+
+def test_proposals_need_names_with_one_number_each(run, tmp_path, clip):
+    for names, said in (
+        (("a.mp4",), "no number in its name"),
+        (("1.mp4", "b/01.mp4"), "both write"),
+    ):
+        data = tmp_path / names[0]
+        for name in names:
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(clip, data / name)
+        arguments = ("--data", data, "--out", tmp_path / "out", "--proposals", tmp_path / "p")
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert said in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_no_masks_and_nothing_else_is_refused(run, tmp_path, clip):
+    status, _, err = run("--data", clip, "--out", tmp_path / "out", "--no-masks")
+    assert status == 2
+    assert "--no-masks leaves nothing to write" in err
+
+
+# Compact masks
+
+
+def test_npz_is_small_and_read_wherever_npy_is(run, call, tmp_path, frames):
+    _, truth = render_video(5, (4, 6), FRAMES, height=SIZE[0], width=SIZE[1])
+    write_video(tmp_path / "data/video_1", frames, truth)
+    arguments = ("--data", tmp_path / "data", "--out")
+    assert run(*arguments, tmp_path / "npy")[0] == 0
+    assert run(*arguments, tmp_path / "npz", "--format", "npz")[0] == 0
+    plain, packed = tmp_path / "npy/video_1/mask.npy", tmp_path / "npz/video_1/mask.npz"
+    with np.load(packed) as archive:
+        assert np.array_equal(archive["mask"], np.load(plain))
+    assert packed.stat().st_size < plain.stat().st_size / 10
+    scores = []
+    for folder in ("npy", "npz"):
+        file = tmp_path / f"{folder}.json"
+        compared = ("--pred", tmp_path / folder, "--data", tmp_path / "data", "--json", file)
+        assert call(evaluate, *compared)[0] == 0
+        scores.append(json.loads(file.read_text())["miou"])
+    assert scores[0] == scores[1]
+    page = ("--masks", tmp_path / "npz", "--data", tmp_path / "data", "--out", tmp_path / "page")
+    assert call(preview, *page)[0] == 0
+    (tmp_path / "data/video_1/mask.npy").unlink()
+    np.savez_compressed(tmp_path / "data/video_1/mask.npz", mask=truth.numpy())
+    data = CLEVRDataset(tmp_path / "data", cache=False)
+    assert torch.equal(torch.stack([item[1] for item in data]), truth)
+    # From one form to the other: the old file does not stay beside the new one.
+    assert run(*arguments, tmp_path / "npz")[0] == 0
+    assert [p.name for p in (tmp_path / "npz").rglob("mask.np*")] == ["mask.npy"]
+    shutil.copy(packed.with_name("mask.npy"), tmp_path / "data/video_1/mask.npy")
+    status, said, _ = call(dataset, tmp_path / "data")
+    assert status == 1
+    assert "holds mask.npy and mask.npz" in said
+
+
+def test_an_npz_is_not_inflated_before_its_header_is_a_mask(tmp_path):
+    video = make_video(tmp_path / "video_1", frames=2, labelled=False)
+    for array, said in (
+        (np.zeros((2, 6, 8), np.float32), "holds float32"),
+        (np.zeros((40, 1000, 1000), np.uint8), "too long: 40 masks, 2 frames"),
+        (np.zeros((2, 9, 8), np.uint8), "is 8 x 9, frames are 8 x 6"),
+        (np.full((2, 6, 8), 49, np.uint8), "ids outside 0..48"),
+    ):
+        np.savez_compressed(video / "mask.npz", mask=array)
+        assert said in " ".join(dataset.inspect_video(list_video(video)).faults)
+    (video / "mask.npz").write_bytes((video / "mask.npz").read_bytes()[:-30])
+    assert "unreadable mask" in " ".join(dataset.inspect_video(list_video(video)).faults)
+
+
+# Several folders and machines
+
+
+def test_several_folders_have_theirs_in_out(run, call, tmp_path, clip):
+    for name in ("a", "b"):
+        write_frames(tmp_path / name / "video_1", clip)
+    both = (tmp_path / "a", tmp_path / "b")
+    status, said, _ = run("--data", *both, clip, "--out", tmp_path / "out", "--every", 10)
+    assert status == 0
+    found = {
+        path.relative_to(tmp_path / "out").parent.as_posix()
+        for path in (tmp_path / "out").rglob("mask.npy")
+    }
+    assert found == {"a/video_1", "b/video_1", "video_00007"}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a").symlink_to(tmp_path / "b")
+    write_frames(tmp_path / "d/a/video_1", clip)
+    status, _, err = run("--data", tmp_path / "a", tmp_path / "d/a", "--out", tmp_path / "new")
+    assert status == 2
+    assert "have the same name" in err
+
+
+def test_shares_are_all_videos_once(run, tmp_path, clip):
+    data = tmp_path / "data"
+    for k in range(5):
+        write_video(data / f"video_{k}", torch.zeros(1, 3, *SIZE, dtype=torch.uint8))
+    found = []
+    for share in ("1/3", "2/3", "3/3"):
+        out = tmp_path / share[0]
+        assert run("--data", data, "--out", out, "--shard", share)[0] == 0
+        found += [path.parent.name for path in out.rglob("mask.npy")]
+    assert sorted(found) == [f"video_{k}" for k in range(5)]
+    for wrong in ("0/3", "4/3", "3", "a/b"):
+        status, _, err = run("--data", data, "--out", tmp_path / "out", "--shard", wrong)
+        assert status == 2
+        assert "such as 3/16" in err
+
+
+def test_counting_a_clip_asks_its_header_alone(clip):
+    assert count_frames(clip) == FRAMES
+    assert list_video(clip).count() == FRAMES
+    (video,) = find_videos(clip, every=7)
+    assert (video.count(), len(read_video(video))) == (5, 5)
