@@ -25,6 +25,7 @@ from classes import CLASS_NAMES, NUM_CLASSES
 from decode import read_frame
 from devices import in_threads
 from files import atomic_write, delete_leftovers, digest, file_state
+from proposals import file_name, has_proposals, load_proposed
 from utils import UserError, make_parser, run_script
 from videos import (
     MASK,
@@ -45,6 +46,7 @@ from videos import (
 )
 
 OPEN_MASKS = 256  # files that stay open where there is no cache; often 1024 are allowed
+PROPOSED_EVERY = 6  # frames of CLEVRER: so the course's data set was made
 OF_OTHER_PROCESSES = []  # clips that a process was forked with
 BAR = {"leave": False, "disable": None, "unit": "video"}  # no progress bar in a log file
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class CLEVRDataset(Dataset):
             is clevr-unet in $XDG_CACHE_HOME or ~/.cache, False decodes each time. A file holds one
             video and is named after its path and the sizes and times of its PNGs and mask, so all
             runs, and all splits of a data set, share it, and a change in the data is noticed.
+        proposals: a folder of CLEVRER's derender proposals, which serve as labels: videos are those
+            that have some, of every sixth frame, brought to 240 x 160 (proposals.py).
 
     An item is a frame, uint8 (3, H, W), and its mask, uint8 (H, W). Raises UserError if no video
     can be used, or later if a file has become unreadable.
@@ -87,13 +91,16 @@ class CLEVRDataset(Dataset):
         transform: Callable | None = None,
         labelled: bool = True,
         cache: str | Path | bool = True,
+        proposals: str | Path | None = None,
     ):
         self.transform, self.labelled = transform, labelled
         self.skipped: dict[Path, str] = {}
         self._cached: dict[Path, tuple[Path | None, tuple[int, ...]]] = {}  # file, (T, 4, H, W)
         self._opened: dict[int, Tensor | np.ndarray] = {}  # by this process, when first read
+        self._proposals = Path(proposals) if proposals else None
         if isinstance(path, (str, Path)):
-            videos = find_labelled(path) if labelled else find_videos(path)
+            find = find_labelled if labelled else find_videos
+            videos = find_proposed(path, self._proposals) if proposals else find(path)
         else:
             videos = self._list(path)
         if labelled:
@@ -118,10 +125,14 @@ class CLEVRDataset(Dataset):
         Clips are opened for their number of frames when this is first asked for.
         """
         if self._index is None:
-            lengths = [video.count() for video in self.videos]
+            lengths = [self._length(video) for video in self.videos]
             frames = np.concatenate([np.arange(length) for length in lengths])
             self._index = np.stack([np.repeat(np.arange(len(lengths)), lengths), frames], axis=1)
         return self._index
+
+    def _length(self, video: Video) -> int:
+        cached = self._cached.get(video.path)
+        return cached[1][0] if cached else video.count()
 
     def _list(self, videos: Sequence[str | Path | Video]) -> list[Video]:
         """Return videos with the names of their frames; a folder that cannot be read is skipped."""
@@ -137,7 +148,7 @@ class CLEVRDataset(Dataset):
 
     def _prepare(self, videos: list[Video], root: Path | None) -> None:
         """Check all videos; decode those that the cache does not hold yet."""
-        files = {video: _cache_file(root, video) for video in videos}
+        files = {video: self._cache_file(root, video) for video in videos}
         for file in filter(None, files.values()):
             delete_leftovers(file.parent)
         shapes = {video: _cached_shape(files[video]) for video in videos}
@@ -147,10 +158,11 @@ class CLEVRDataset(Dataset):
             """Return the shape of a video that is whole, and what is wrong with another."""
             if shape := _cached_shape(files[video]):  # another process was first
                 return shape, ""
-            report, block = load_video(video)
-            if block is None:
-                return None, " ".join(report.faults) or f"{video}: no {MASK} in it."
-            unchanged = files[video] == _cache_file(root, video)  # while it was being read
+            try:
+                block = self._load(video)
+            except UserError as error:
+                return None, str(error)
+            unchanged = files[video] == self._cache_file(root, video)  # while it was being read
             try:
                 if files[video] and unchanged and not failures:
                     _save_whole(files[video], block)
@@ -173,6 +185,26 @@ class CLEVRDataset(Dataset):
         faults = self.skipped | {video.path: fault for video, fault in odd.items()}
         self.skipped = {v.path: faults[v.path] for v in videos if v.path in faults} | faults
         self._cached = {video.path: (files[video], shape) for video, shape in whole.items()}
+
+    def _load(self, video: Video) -> np.ndarray:
+        """Return a video with its labels, uint8 (T, 4, H, W). Raises UserError for a fault."""
+        if self._proposals:
+            return load_proposed(video, self._proposals)
+        report, block = load_video(video)
+        if block is None:
+            raise UserError(" ".join(report.faults) or f"{video}: no {MASK} in it.")
+        return block
+
+    def _cache_file(self, root: Path | None, video: Video) -> Path | None:
+        """Return root/<digest of the video's path>/<digest of names, sizes, times of files>.npy."""
+        if root is None:
+            return None
+        masks = [video.path / name for name in MASKS]
+        if self._proposals:
+            masks = [self._proposals / file_name(video)]
+        states = video.state(ctime=True) + [file_state(mask, ctime=True) for mask in masks]
+        folder = digest(repr(os.path.realpath(video.path)).encode())
+        return root / folder / f"{digest(repr(states).encode())}.npy"
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}, "_clip": None}  # a worker process opens its own
@@ -237,23 +269,45 @@ class CLEVRDataset(Dataset):
                 return data[-math.prod(shape) :].view(shape)
         if len(self._opened) >= OPEN_MASKS:
             self._opened.clear()
+        if self._proposals:  # decoded whole: so it should be cached
+            return torch.from_numpy(self._load(self.videos[v]))
         if (mask := read_mask(folder)) is None:
             raise UserError(f"{folder}: its {MASK} is gone, start again.")
         return mask
 
 
-def split_videos(path: Path, seed: int) -> tuple[list[Video], list[Video]]:
+def find_proposed(root: str | Path, proposals: Path) -> list[Video]:
+    """Return the videos below `root` that have proposals, of every sixth frame.
+
+    Raises:
+        UserError: there is none.
+    """
+    videos = [v for v in find_videos(root, PROPOSED_EVERY) if has_proposals(v, proposals)]
+    if not videos:
+        raise UserError(
+            f"{root}: no video in it has a file such as proposal_00000.json below {proposals}."
+        )
+    return videos
+
+
+def split_videos(
+    path: Path, seed: int, proposals: Path | None = None
+) -> tuple[list[Video], list[Video]]:
     """Return the training and the validation videos, never parts of one video in both.
 
     They are those in path/train and path/val where there are both; else a tenth of all labelled
-    ones, at least one, is chosen for validation.
+    ones, at least one, is chosen for validation. With `proposals` those count as labels.
 
     Raises:
         UserError: fewer than two labelled videos, or none in one of the two folders.
     """
+
+    def find(folder: Path) -> list[Video]:
+        return find_proposed(folder, proposals) if proposals else find_labelled(folder)
+
     if (path / "train").is_dir() and (path / "val").is_dir():
-        return find_labelled(path / "train"), find_labelled(path / "val")
-    videos = find_labelled(path)
+        return find(path / "train"), find(path / "val")
+    videos = find(path)
     if len(videos) < 2:
         raise UserError(
             f"{path} has 1 labelled video: give at least two, "
@@ -270,16 +324,6 @@ def _cache_root(cache: str | Path | bool) -> Path | None:
     if cache is True:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clevr-unet"
     return Path(cache) if cache else None
-
-
-def _cache_file(root: Path | None, video: Video) -> Path | None:
-    """Return root/<digest of the video's path>/<digest of its files' names, sizes, times>.npy."""
-    if root is None:
-        return None
-    masks = [file_state(video.path / name, ctime=True) for name in MASKS]
-    states = [*video.state(ctime=True), *masks]
-    folder = digest(repr(os.path.realpath(video.path)).encode())
-    return root / folder / f"{digest(repr(states).encode())}.npy"
 
 
 def _cached_shape(file: Path | None) -> tuple[int, ...] | None:

@@ -29,6 +29,7 @@ from metrics import (
     summarise,
     video_figures,
 )
+from proposals import has_proposals, read_masks
 from utils import UserError, make_parser, run_script
 from videos import MASK, find_videos, read_labels, size_text
 
@@ -77,8 +78,10 @@ class Tally:
         ]
 
 
-def score(pred: Path, data: Path) -> dict[str, Any]:
+def score(pred: Path, data: Path, proposals: Path | None = None) -> dict[str, Any]:
     """Compare every labelled video below `data` with its prediction below `pred`.
+
+    With `proposals` the true labels are those of CLEVRER's proposals in that folder.
 
     Videos with faulty labels are named on stderr and left out.
 
@@ -90,7 +93,10 @@ def score(pred: Path, data: Path) -> dict[str, Any]:
     for video in find_videos(data):
         name = video.target  # "." if `data` is itself a video
         try:
-            truth = read_labels(video.path, len(video.names))
+            if proposals:
+                truth = read_masks(video, proposals) if has_proposals(video, proposals) else None
+            else:
+                truth = read_labels(video.path, len(video.names))
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
@@ -160,14 +166,14 @@ def main() -> None:
     add = parser.add_argument_group("what is compared").add_argument
     add("--pred", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
+    add("--proposals", type=Path, help="folder of CLEVRER's proposals, to take as true labels")
     add = parser.add_argument_group("files beside the report (default: none)").add_argument
     add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
     args = parser.parse_args()
 
-    for path in (args.pred, args.data):
-        if not path.is_dir():
-            raise UserError(f"{path} is not a folder")
-    result = score(args.pred, args.data)
+    if not args.pred.is_dir():
+        raise UserError(f"{args.pred} is not a folder")
+    result = score(args.pred, args.data, args.proposals)
     result["command"] = shlex.join(["python", *sys.argv])
     if args.json:
         write_json(args.json, result, indent=1)

@@ -55,11 +55,11 @@ def main() -> int:
     options = {"consistency": tracking, "scale": args.scale, "every": args.every}
     origin = provenance(checkpoint["digest"], **options)
     form = "" if args.no_masks else args.format
-    outputs = Outputs(args.out, origin, args.objects, form, args.proposals)
+    outputs = Outputs(args.out, origin, args.objects, form, args.proposals, args.resume)
     roots, videos = args.data, []
     if processes.first:  # what is done is left out before the rest is shared
         roots = roots or [trained_on(checkpoint, args.ckpt)]
-        videos = plan(roots, outputs, args.every, args.shard, args.resume)
+        videos = plan(roots, outputs, args.every, args.shard)
     videos = processes.share_out(videos)
 
     start = time.perf_counter()
@@ -85,17 +85,14 @@ def trained_on(checkpoint: dict, ckpt: Path) -> Path:
     return data
 
 
-def plan(
-    roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int], resume: bool
-) -> list[Video]:
-    """Return the videos to label; with `resume`, without those that are done.
+def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]) -> list[Video]:
+    """Return the videos to label, without those that are done if the outputs resume.
 
     Args:
         roots: Folders of videos, or video files; of several each has a folder of its own in --out.
-        outputs: Where the files go.
+        outputs: Where the files go, and whether those of a former run are kept.
         every: Frames that are taken, as of `find_videos`.
         shard: Which share of the videos, from 1, and of how many.
-        resume: See above.
 
     Raises:
         UserError: there is no video, or files of two would meet, or masks and frames.
@@ -114,7 +111,7 @@ def plan(
             f"order of their numbers: {', '.join(gaps[:3])}{', ...' if len(gaps) > 3 else ''}"
         )
     outputs.out.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if not outputs.resume:
         return videos
     pending, reasons = outputs.pending(videos)
     print(f"{len(videos) - len(pending)} of {len(videos)} videos have their masks already")

@@ -238,9 +238,14 @@ def label_videos(
         return Done(len(whole), frames, [v.fault for v in read if v.fault], messages)
 
     def read_and_label(numbers: list[int]) -> Done:
-        return label([videos[v] for v in numbers])
+        return label([videos[v] for v in numbers if not outputs.is_done(dataset.videos[v])])
+
+    def label_read(read: list[WholeVideo]) -> Done:
+        return label([video for video in read if not outputs.is_done(video.video)])
 
     def label_long(video: Video) -> Done:
+        if outputs.is_done(video):
+            return Done(0, 0, [], [])
         state, messages = video.state(), []
 
         def frames() -> Iterator[Frame]:
@@ -272,7 +277,7 @@ def label_videos(
                 collate_fn=list,
                 pin_memory=device.type not in ("cpu", "mps"),
             )
-            yield from in_threads(label, loader, threads)
+            yield from in_threads(label_read, loader, threads)
         else:
             yield from in_threads(read_and_label, batches, threads)
         yield from in_threads(label_long, long, threads)

@@ -130,6 +130,7 @@ class Outputs:
         with_table: Whether objects.csv is written.
         form: Of masks: "npy", "npz" (compressed, under the key `mask`), or "" for none.
         proposals: The folder for proposals, if they are written.
+        resume: Whether files that are whole and still true are kept.
     """
 
     def __init__(
@@ -139,9 +140,10 @@ class Outputs:
         with_table: bool = False,
         form: str = "npy",
         proposals: Path | None = None,
+        resume: bool = False,
     ):
         self.out, self.origin, self.with_table = out, origin, with_table
-        self.form, self.proposals = form, proposals
+        self.form, self.proposals, self.resume = form, proposals, resume
 
     def folder(self, video: Video) -> Path:
         """Return where the files of a video are."""
@@ -178,6 +180,10 @@ class Outputs:
                     f"--out {self.out} would put masks over the labels in {folder}, a folder of "
                     "frames: give a folder of its own"
                 )
+
+    def is_done(self, video: Video) -> bool:
+        """Return whether the files of a video are kept; another run may have made them by now."""
+        return self.resume and not self.stale_reason(video)
 
     def pending(self, videos: Iterable[Video]) -> tuple[list[Video], Counter[str]]:
         """Return the videos whose files must be made, and why those that are there must be so.

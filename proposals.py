@@ -10,17 +10,23 @@ own files came from a Mask R-CNN; loaders of many projects read this form.
 """
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from classes import COLOURS, MATERIALS, SHAPES, factors
+from classes import COLOURS, FRAME_SIZE, MATERIALS, SHAPES, class_id, factors
+from decode import must_be_file
 from objects import Objects
 from utils import UserError
-from videos import Video
+from videos import Video, read_frames
 
 
 def video_index(video: Video) -> int:
@@ -86,3 +92,90 @@ def encode(video: Video, objects: Objects) -> bytes:
         "frames": frames,
     }
     return f"{json.dumps(content, separators=(',', ':'))}\n".encode()
+
+
+def has_proposals(video: Video, folder: Path) -> bool:
+    """Return whether a video has a file below `folder`, even one that cannot be read."""
+    try:
+        return os.path.lexists(folder / file_name(video))
+    except UserError:  # no number in its name
+        return False
+
+
+def read_masks(
+    video: Video, folder: Path, every: int = 1, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Return the masks of a video, uint8 (T, H, W), as its file has them, in their order.
+
+    A pixel that two objects claim goes to the one of the higher score.
+
+    Args:
+        video: Whose they are.
+        folder: Where its file is.
+        every: 6 for every sixth frame.
+        size: The height and width to bring masks to, by area; None: their own.
+
+    Raises:
+        UserError: the file is damaged, or an object has a shape, material or colour of no class.
+    """
+    from pycocotools import mask as coco
+
+    path = folder / file_name(video)
+    try:
+        must_be_file(path)
+        frames = json.loads(path.read_bytes())["frames"][::every]
+        masks = [_paint(coco, frame["objects"], size) for frame in frames]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # damaged files raise nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise UserError(f"{path}: no proposals ({reason}), replace the file.") from None
+    sizes = {tuple(mask.shape) for mask in masks if mask.numel()}
+    if len(sizes) != 1:
+        raise UserError(f"{path}: holds no masks, or of several sizes, replace the file.")
+    empty = torch.zeros(sizes.pop(), dtype=torch.uint8)
+    return torch.stack([mask if mask.numel() else empty for mask in masks])
+
+
+def _paint(coco: Any, objects: list[dict[str, Any]], size: tuple[int, int] | None) -> Tensor:
+    """Return the ids (H, W) of a frame's objects; of none, an empty tensor."""
+    if not objects:
+        return torch.empty(0, dtype=torch.uint8)
+    objects = sorted(objects, key=lambda item: float(item["score"]))  # the surest is painted last
+    ids = []
+    for item in objects:
+        try:
+            ids.append(class_id(item["shape"], item["material"], item["color"]))
+        except ValueError:
+            what = " ".join(str(item[key])[:30] for key in ("color", "material", "shape"))
+            raise UserError(f"a {what} is no object of CLEVR, mend the file.") from None
+    planes = torch.from_numpy(coco.decode([item["mask"] for item in objects]))  # (H, W, N)
+    labels = torch.zeros(planes.shape[:2], dtype=torch.uint8)
+    for i, plane in zip(ids, planes.unbind(-1), strict=True):
+        labels[plane > 0] = i
+    if size is None or size == tuple(labels.shape):
+        return labels
+    classes = torch.tensor([0, *dict.fromkeys(ids)], dtype=torch.uint8)
+    areas = (labels == classes[:, None, None]).float()[None]  # (1, classes, H, W)
+    return classes[F.interpolate(areas, size, mode="area")[0].argmax(dim=0)]
+
+
+def load_proposed(video: Video, folder: Path) -> np.ndarray:
+    """Return the frames of a video with its proposals as labels, uint8 (T, 4, H, W), to learn from.
+
+    They are brought to the form of the course's data set: FRAME_SIZE, frames and masks by area.
+
+    Raises:
+        UserError: a frame or the proposals cannot be read, or their numbers differ.
+    """
+    frames = []
+    for frame in read_frames(video):
+        pixels = F.interpolate(frame.pixels[None].float(), FRAME_SIZE, mode="area")[0]
+        frames.append(pixels.round().to(torch.uint8))
+    masks = read_masks(video, folder, video.every, FRAME_SIZE)
+    if len(frames) != len(masks):
+        raise UserError(
+            f"{folder / file_name(video)}: {len(masks)} frames with proposals, {video} has "
+            f"{len(frames)}."
+        )
+    return torch.cat([torch.stack(frames), masks[:, None]], dim=1).numpy()

@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
+    add("--proposals", type=Path, help="folder of CLEVRER's proposals, to take as labels")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
@@ -126,9 +127,10 @@ def main() -> None:
     processes.wait()
 
     model, init = build_model(args.init, args.data, args.widths, processes)
-    train_videos, val_videos = split_videos(args.data, args.seed)
-    training = CLEVRDataset(train_videos, cache=not args.no_cache)
-    validation = CLEVRDataset(val_videos, cache=not args.no_cache)
+    train_videos, val_videos = split_videos(args.data, args.seed, args.proposals)
+    reading = {"cache": not args.no_cache, "proposals": args.proposals}
+    training = CLEVRDataset(train_videos, **reading)
+    validation = CLEVRDataset(val_videos, **reading)
     processes.say(
         f"{len(training)} training frames of {len(training.videos)} videos, "
         f"{len(validation)} validation frames of {len(validation.videos)} videos"

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import shutil
 from fractions import Fraction
 
@@ -20,10 +19,13 @@ import dataset
 import evaluate
 import infer
 import preview
+import proposals
+import train
 from checkpoints import SHIPPED
 from classes import class_id
 from dataset import CLEVRDataset
 from decode import count_frames, read_clip
+from objects import Objects
 from render import render_video
 from utils import UserError
 from videos import find_videos, list_video, read_video
@@ -225,28 +227,6 @@ def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path, frames):
         list(read_clip(path))
 
 
-def test_one_changed_byte_is_a_sentence_or_a_clip_of_as_many_frames(
-    tmp_path, clip, record_property
-):
-    """h264 has no checksum: some changes are silent, and are counted."""
-    content, rng, ends = clip.read_bytes(), random.Random(0), {"same": 0, "silent": 0, "said": 0}
-    whole, path = decoded(clip), tmp_path / "damaged.mp4"
-    for _ in range(30):
-        damaged = bytearray(content)
-        damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
-        path.write_bytes(damaged)
-        try:
-            found = [frame.pixels.permute(1, 2, 0).numpy() for frame in read_clip(path)]
-        except UserError:
-            ends["said"] += 1
-            continue
-        same = len(found) == FRAMES and all(map(np.array_equal, found, whole))
-        ends["same" if same else "silent"] += 1
-    record_property("silently damaged clips", ends["silent"])
-    assert ends["said"] >= 10, ends  # a third of so small a clip is its header
-    assert ends["silent"] <= 3, ends
-
-
 # What frames there are is what is labelled
 
 
@@ -365,6 +345,92 @@ def test_no_masks_and_nothing_else_is_refused(run, tmp_path, clip):
     status, _, err = run("--data", clip, "--out", tmp_path / "out", "--no-masks")
     assert status == 2
     assert "--no-masks leaves nothing to write" in err
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Return a folder of two clips of 13 frames of 480 x 320, and their masks by name."""
+    root, truth = tmp_path_factory.mktemp("published"), {}
+    for k in range(2):
+        pictures, masks = render_video([8, k], (3, 5), 13, height=320, width=480)
+        path = write_clip(root / f"video_train/video_0000{k}.mp4", pictures)
+        (root / "proposals").mkdir(exist_ok=True)
+        content = proposals.encode(list_video(path), Objects(masks, {}))
+        (root / f"proposals/proposal_0000{k}.json").write_bytes(content)
+        truth[path.stem] = masks
+    return root, truth
+
+
+def test_proposals_are_labels_of_every_sixth_frame_at_half_the_size(published, own_cache):
+    root, truth = published
+    for cache in (True, False, True):
+        data = CLEVRDataset(root / "video_train", cache=cache, proposals=root / "proposals")
+        assert len(data) == 2 * 3
+        for i, (v, t) in enumerate(data.index):
+            frame, labels = data[i]
+            whole = truth[data.videos[v].path.stem][6 * t]
+            assert (frame.shape, labels.shape) == ((3, 160, 240), (160, 240))
+            corners = whole.reshape(160, 2, 240, 2).transpose(1, 2).flatten(2)  # (160, 240, 4)
+            alike = (corners == corners[..., :1]).all(-1)
+            assert torch.equal(labels[alike], corners[..., 0][alike]), "of one class"
+            counts = (corners == labels[..., None]).sum(-1)
+            assert (counts >= 2).float().mean() > 0.999, "else the larger part of it"
+
+
+def test_train_and_evaluate_take_proposals(published, tmp_path, call, own_cache, run):
+    root, truth = published
+    given = ("--data", root / "video_train", "--proposals", root / "proposals")
+    options = ("--num-epochs", 1, "--widths", 8, 16, "--batch-size", 3, "--device", "cpu")
+    status, said, err = call(train, *given, "--out", tmp_path / "run", *options)
+    assert status == 0, err
+    assert "3 training frames of 1 videos, 3 validation frames of 1 videos" in said
+    for name, masks in truth.items():
+        (tmp_path / "pred" / name).mkdir(parents=True)
+        np.save(tmp_path / "pred" / name / "mask.npy", masks)
+    score = tmp_path / "score.json"
+    status, _, err = call(evaluate, "--pred", tmp_path / "pred", *given, "--json", score)
+    assert status == 0, err
+    figures = json.loads(score.read_text())
+    assert (figures["miou"], figures["frames"]) == (1.0, 26)
+    status, _, err = call(train, "--data", root / "video_train", "--proposals", tmp_path, *options)
+    assert status == 2
+    assert "has a file such as proposal_00000.json" in err
+
+
+def test_the_surer_of_two_proposals_has_the_pixel_and_nonsense_is_a_fault(
+    published, tmp_path, caplog
+):
+    root, _ = published
+    video = list_video(root / "video_train/video_00000.mp4")
+    plane = np.zeros((320, 480), np.uint8)
+    plane[:100, :100] = 1
+    runs = [coco.encode(np.asfortranarray(np.roll(plane, 50 * k, 1))) for k in range(2)]
+    items = [
+        {"color": "red", "material": "rubber", "shape": "cube", "score": 0.7},
+        {"color": "blue", "material": "metal", "shape": "sphere", "score": 0.9},
+    ]
+    for item, run_lengths in zip(items, runs, strict=True):
+        counts = run_lengths["counts"].decode()
+        item["mask"] = {"size": run_lengths["size"], "counts": counts}
+    path = tmp_path / "proposal_00000.json"
+    red, blue = class_id("cube", "rubber", "red"), class_id("sphere", "metal", "blue")
+    for order in (items, items[::-1]):
+        path.write_text(json.dumps({"frames": [{"objects": order}, {"objects": []}]}))
+        masks = proposals.read_masks(video, tmp_path)
+        assert masks[0, 0, [0, 49, 50, 149, 150]].tolist() == [red, red, blue, blue, 0]
+        assert not masks[1].any()
+    for wrong, said in (
+        ({"objects": [items[0] | {"color": "pink"}]}, "a pink rubber cube is no object of CLEVR"),
+        ({"objects": [{"mask": 1}]}, "no proposals"),
+        ({"objects": []}, "holds no masks"),
+    ):
+        path.write_text(json.dumps({"frames": [wrong] * 13}))
+        with pytest.raises(UserError, match=f"proposal_00000.json: .*{said}"):
+            proposals.read_masks(video, tmp_path)
+    shutil.copy(root / "proposals/proposal_00001.json", tmp_path)
+    data = CLEVRDataset(root / "video_train", cache=False, proposals=tmp_path)
+    assert [v.path.stem for v in data.videos] == ["video_00001"]
+    assert "proposal_00000.json: holds no masks" in caplog.text
 
 
 # Compact masks

@@ -387,6 +387,27 @@ def test_resume_sees_what_another_run_wrote_in_between(
         assert path.read_bytes() == (out / path.relative_to(tmp_path / "fresh")).read_bytes()
 
 
+def test_two_runs_that_resume_do_no_video_twice(run, tmp_path, data, ckpt, monkeypatch):
+    """The other labels all but the first between this one's plan and its work."""
+    out, plan, written = tmp_path / "out", infer.plan, []
+    save = outputs.Outputs.save
+
+    def overtaken(*arguments):
+        videos = plan(*arguments)
+        monkeypatch.setattr(infer, "plan", plan)
+        assert run("--ckpt", ckpt, "--out", out)[0] == 0
+        shutil.rmtree(out / videos[0].target)
+        monkeypatch.setattr(
+            outputs.Outputs, "save", lambda *args: written.append(args[1]) or save(*args)
+        )
+        return videos
+
+    monkeypatch.setattr(infer, "plan", overtaken)
+    assert run("--ckpt", ckpt, "--out", out, "--resume")[0] == 0
+    assert len(written) == 1
+    assert len(masks_below(out)) == 3
+
+
 def test_resume_makes_a_table_of_others_again(run, tmp_path, data, ckpt):
     """Also where this run wants none: whoever reads it would take it for that of these masks."""
     out = tmp_path / "out"

@@ -24,6 +24,7 @@ from broken import SIZE, call, in_fork
 from conftest import make_video
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from test_clips import write_clip
 
 import dataset
 import evaluate
@@ -32,11 +33,12 @@ import preview
 import train
 from checkpoints import digest, load_checkpoint
 from dataset import CLEVRDataset
-from decode import read_frame
+from decode import read_clip, read_frame
 from devices import Processes
 from log import Log
 from model import UNet
 from outputs import Outputs, read_confidence
+from render import render_video
 from runs import LAST, Run
 from scale import learned_size
 from utils import UserError
@@ -49,6 +51,7 @@ PNGS = [pytest.param(10_000, marks=pytest.mark.soak), 60]
 MASKS = [pytest.param(5_000, marks=pytest.mark.soak), 60]
 VIDEOS = [pytest.param(500, marks=pytest.mark.soak), 6]
 CHECKPOINTS = [pytest.param(2_000, marks=pytest.mark.soak), 20]
+CLIPS = [pytest.param(500, marks=pytest.mark.soak), 30]
 TABLES = [pytest.param(3_000, marks=pytest.mark.soak), 30]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -361,6 +364,37 @@ def texts(draw: Callable) -> tuple[str, bytes]:
         old, new = draw(st.sampled_from((b"0", b"1", b"2", b"x"))), draw(st.sampled_from(NUMBERS))
         content = content.replace(old, new, 1)
     return name, content
+
+
+@pytest.mark.parametrize("examples", CLIPS)
+def test_clips(tmp_path, examples, try_each):
+    """h264 has no checksum: some changes are silent, and are counted."""
+    frames = render_video(5, (4, 6), 12, height=64, width=96)[0]
+    path = write_clip(tmp_path / "data/clip.mp4", frames)
+    content, network = path.read_bytes(), save_network(tmp_path)
+    whole = [frame.pixels for frame in read_clip(path)]
+
+    def check(watch, counts, damaged):
+        path.write_bytes(damaged)
+        watch.begin(damaged)
+        found, said = sentence(lambda: [frame.pixels for frame in read_clip(path)], path)
+        watch.end()
+        if said:
+            counts["sentence"] += 1
+        else:
+            assert len(found) <= len(whole)
+            same = len(found) == len(whole) and all(map(torch.equal, found, whole))
+            counts["the same" if same else "silent" if len(found) == len(whole) else "shorter"] += 1
+        if watch.count % SCRIPTS == 0:
+            watch.begin(damaged)
+            out = ("--out", tmp_path / "masks", "--device", "cpu")
+            ends(call(infer, "--ckpt", network, "--data", path.parent, *out), 1 if said else 0)
+            watch.end()
+
+    draw_changed = st.composite(lambda draw: broken.changed(draw, content))
+    counts = try_each(examples, draw_changed(), check)
+    assert counts["shorter"] <= examples / 50, counts
+    assert counts["silent"] <= examples / 10, counts
 
 
 @pytest.mark.parametrize("examples", TABLES)
