@@ -166,7 +166,7 @@ def main() -> None:
     add = parser.add_argument_group("what is compared").add_argument
     add("--pred", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
-    add("--proposals", type=Path, help="folder of CLEVRER's proposals, to take as true labels")
+    add("--proposals", type=Path, help="folder of CLEVRER's, as true labels (default: none)")
     add = parser.add_argument_group("files beside the report (default: none)").add_argument
     add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
     args = parser.parse_args()

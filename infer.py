@@ -176,13 +176,15 @@ def parse_args() -> argparse.Namespace:
         default="npy",
         help="of masks: npz is compressed, a hundredth of the size (default: %(default)s)",
     )
-    add("--proposals", type=Path, help="folder for run lengths in the form of CLEVRER's proposals")
+    add(
+        "--proposals", type=Path, help="folder for run lengths, as CLEVRER has them (default: none)"
+    )
     add("--no-masks", action="store_true", help="write no masks, where the others are enough")
     add(
         "--shard",
         type=shard,
         default=(1, 1),
-        help="3/16: the third of sixteen shares of the videos, for as many commands",
+        help="3/16: the third of sixteen shares of the videos (default: all of them)",
     )
     add = parser.add_argument_group("labelling").add_argument
     add("--every", type=at_least(1), default=1, help="take each so many-th frame (default: all)")

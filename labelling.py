@@ -31,22 +31,24 @@ from devices import Processes, compile_network, in_threads, mixed_precision, sha
 from model import UNet, for_labelling
 from objects import Objects, by_frame, follow
 from outputs import Outputs
-from scale import USUAL_SCALE, Scale, fill, learned_size, outline, resize
+from scale import USUAL_SCALE, Scale, fill, learned_size, outline, pack, resize
 from tracks import gather, occupied
 from utils import UserError
 from videos import Frame, Video, read_frames
 
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
+MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
 MAX_WORKERS = 16  # processes that decode for a GPU, at about 1,000 frames/s each
 
 
 class Seen(NamedTuple):
     """What the network sees in N frames, on the CPU; cells are 2 x 2 pixels of what it looks at."""
 
+    size: tuple[int, ...]  # the frames' own H and W
     objects: Tensor  # (N, h, w) bool, where there is an object
     evidence: Tensor  # (n, 13) logits of attributes of the cells that hold one, in order; float16
-    outlines: Tensor | None = None  # (N, H, W) bool, objects in the frames' own size if it differs
+    outlines: Tensor | None = None  # packed: objects in the frames' own size, if that differs
 
 
 class Labeller:
@@ -132,20 +134,23 @@ class Labeller:
         """Return how many frames of a height and width the network looks at together."""
         looks = self.scale.looks(*size)
         pixels = math.prod(looks.fine or looks.coarse)
-        return min(self.batch_size, max(1, MAX_AT_ONCE // pixels))
+        most = MAX_ON_CPU if self.device.type == "cpu" else MAX_AT_ONCE
+        return min(self.batch_size, max(1, most // pixels))
 
     @torch.inference_mode()
     def find_objects(self, seen: list[Seen], numbers: Sequence[Sequence[int]]) -> list[Objects]:
         """Return the objects of videos whose frames, of these numbers, were seen in this order."""
         lengths = [len(video) for video in numbers]
+        size = seen[0].size
         objects = torch.cat([part.objects for part in seen]).split(lengths)
         cells = [int(occupied(part).sum()) for part in objects]
         evidence = torch.cat([part.evidence for part in seen]).split(cells)
         found = [self.find(*video) for video in zip(objects, evidence, numbers, strict=True)]
         if seen[0].outlines is not None:  # labels are brought to the frames' own size
             outlines = torch.cat([part.outlines for part in seen]).split(lengths)
-            labels = map(fill, [video.labels for video in found], objects, outlines)
-            found = [video._replace(labels=own) for video, own in zip(found, labels, strict=True)]
+            seen.clear()
+            for v, (inside, edges) in enumerate(zip(objects, outlines, strict=True)):
+                found[v] = found[v]._replace(labels=fill(found[v].labels, inside, edges, size))
         return [video._replace(numbers=list(of)) for video, of in zip(found, numbers, strict=True)]
 
     @torch.inference_mode()
@@ -166,8 +171,9 @@ class Labeller:
             arrived.record()
             arrived.synchronize()
         objects, attributes, *outlines = found
+        outlines = [pack(part) for part in outlines]
         evidence = gather(objects, attributes)
-        return Seen(objects, evidence.half() if self.tracking else evidence, *outlines)
+        return Seen(size, objects, evidence.half() if self.tracking else evidence, *outlines)
 
 
 class WholeVideo(NamedTuple):

@@ -67,12 +67,12 @@ def follow(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = No
     labels = np.zeros(tuple(objects.shape), np.uint8)
     if not len(evidence):
         return Objects(torch.from_numpy(labels), {})
-    where = np.flatnonzero(objects.cpu().numpy())
-    parts, part = parts_of(where, evidence, labels.shape)
+    inside = objects.cpu().numpy()
+    parts, part = parts_of(inside, evidence)
     track = link(parts, len(labels))
     time = parts.frame if numbers is None else np.asarray(numbers)[parts.frame]
     kinds, confidence = classify(parts, track, time)
-    labels.reshape(-1)[where] = (kinds[track] + 1).astype(np.uint8)[part]
+    labels[inside] = (kinds[track] + 1).astype(np.uint8)[part]
     return Objects(torch.from_numpy(labels), confidence)
 
 

@@ -70,7 +70,7 @@ def encode(video: Video, objects: Objects) -> bytes:
     stem = video.path.stem if video.is_clip else video.path.name
     frames = []
     for number, ids in zip(numbers, labels, strict=True):
-        present = [int(i) for i in np.unique(ids) if i]
+        present = (1 + np.flatnonzero(np.bincount(ids.ravel(), minlength=2)[1:])).tolist()
         planes = np.asfortranarray((ids[..., None] == np.array(present, np.uint8)).astype(np.uint8))
         found = []
         for i, runs in zip(present, coco.encode(planes) if present else [], strict=True):

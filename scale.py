@@ -27,6 +27,7 @@ FINEST = 2.0  # times the learned scale; beyond, the network misses what fills i
 COARSE_SHARE = 0.5  # of the evidence at the learned scale, where edges have been seen finer
 REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
+FRAMES_AT_ONCE = 64  # whose labels are brought to their own size
 NO_OBJECT = 255  # where no object is; 0 is one that was dropped
 
 
@@ -150,7 +151,23 @@ def outline(coarse: Tensor, fine: Tensor | None, size: tuple[int, int]) -> Tenso
     return surely | (maybe & (enlarge(fine) + COARSE_SHARE * evidence > 0))
 
 
-def fill(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
+def pack(outlines: Tensor) -> Tensor:
+    """Return outlines (N, H, W), bool, as bits, uint8 (N, H, W / 8): of long clips all are kept."""
+    return torch.from_numpy(np.packbits(outlines.numpy(), axis=-1))
+
+
+def fill(labels: Tensor, objects: Tensor, packed: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return labels in the size of the frames, (T, H, W) uint8, as `fill_some` a few at a time."""
+    result = torch.empty((len(labels), *size), dtype=torch.uint8)
+    for start in range(0, len(labels), FRAMES_AT_ONCE):
+        some = slice(start, start + FRAMES_AT_ONCE)
+        bits = np.unpackbits(packed[some].numpy(), axis=-1, count=size[1])
+        outlines = torch.from_numpy(bits).bool()
+        result[some] = fill_some(labels[some], objects[some], outlines)
+    return result
+
+
+def fill_some(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
     """Return labels in the size of the frames, (T, H, W) uint8: each pixel that of what is nearest.
 
     Args:

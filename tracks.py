@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from classes import FACTOR_SIZES, FRAME_SIZE, NUM_CLASSES, NUM_KINDS, factors
 
 # Parts.
+FRAMES_AT_ONCE = 64  # that are cut into parts
 SAMPLE = 1024  # cells that the classes of a video are estimated from
 ROUNDS = 30  # of that estimate; with fewer than 20 stray classes stay
 DOUBTFUL = 30  # pixels in all frames together that halve the doubt in a class
@@ -92,24 +93,50 @@ def gather(objects: Tensor, attributes: Tensor) -> Tensor:
     return attributes.movedim(1, -1)[occupied(objects)]
 
 
-def parts_of(
-    where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]
-) -> tuple[Parts, np.ndarray]:
+def parts_of(objects: np.ndarray, evidence: Tensor) -> tuple[Parts, np.ndarray]:
     """Return the parts of a video, and which of them each object pixel belongs to, (N,).
 
+    A few frames at a time: a clip of ten minutes takes no more memory for it than one of seconds.
+
     Args:
-        where: (N,) flat positions of the object pixels in (T, H, W).
-        evidence: (n, 13), for each cell that holds some of them the logits of 3 shapes, 2
-            materials and 8 colours.
+        objects: (T, H, W) bool, where there is an object.
+        evidence: (n, 13), for each cell of 2 x 2 pixels that holds some of one, in order, the
+            logits of 3 shapes, 2 materials and 8 colours.
+    """
+    logs = log_probabilities(evidence)
+    kinds, trust = estimate(logs, np.count_nonzero(objects))
+    found: list[Parts] = []
+    of_pixel: list[np.ndarray] = []
+    touching: list[np.ndarray] = []
+    count = used = 0
+    for start in range(0, len(objects), FRAMES_AT_ONCE):
+        block = objects[start : start + FRAMES_AT_ONCE]
+        where = np.flatnonzero(block)
+        if not len(where):
+            continue
+        cells = to_cells(where, logs[used:], block.shape)
+        used += len(cells.pixels)
+        part = cut(cells, kinds, trust)
+        parts = measure(cells, part, block.shape)
+
+        # The numbers of its frames and parts follow those of the blocks before.
+        found.append(parts._replace(frame=parts.frame + start))
+        of_pixel.append((part[cells.of_pixel] + count).astype(np.int32))
+        touching.append(count + np.stack(np.divmod(parts.touching, len(parts.frame))))
+        count += len(parts.frame)
+    columns = [np.concatenate(column) for column in list(zip(*found, strict=True))[:-1]]
+    a, b = np.concatenate(touching, axis=1)
+    return Parts(*columns, touching=a * count + b), np.concatenate(of_pixel)
+
+
+def to_cells(where: np.ndarray, evidence: np.ndarray, shape: tuple[int, ...]) -> Cells:
+    """Return the cells of the object pixels at flat positions in (T, H, W).
+
+    Args:
+        where: (N,) the positions.
+        evidence: Log-probabilities as of `Cells`, for these cells and perhaps for later ones.
         shape: T, H and W.
     """
-    cells = to_cells(where, evidence, shape)
-    part = cut(cells)
-    return measure(cells, part, shape), part[cells.of_pixel]
-
-
-def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cells:
-    """Return the cells of the object pixels at the flat positions `where`, as in `parts_of`."""
     # The cells of a frame are numbered row by row, with margins that stay empty, so that the
     # neighbours of a cell lie at fixed steps from it.
     frames, height, width = shape
@@ -140,7 +167,7 @@ def to_cells(where: np.ndarray, evidence: Tensor, shape: tuple[int, ...]) -> Cel
     line = at // columns
     frame = line // rows
     return Cells(
-        evidence=log_probabilities(evidence),
+        evidence=evidence[: len(at)],
         pixels=np.bincount(of_pixel),
         frame=frame,
         position=np.stack([at - line * columns - 1, line - frame * rows]),
@@ -186,18 +213,22 @@ def by_class(evidence: np.ndarray, members: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(evidence) @ torch.from_numpy(members).T).numpy()
 
 
-def cut(cells: Cells) -> np.ndarray:
+def cut(cells: Cells, kinds: np.ndarray, trust: np.ndarray) -> np.ndarray:
     """Return the part that each cell belongs to, (n,).
 
     Parts are connected cells of one class. A speck joins what it touches most of, unless its
     evidence says clearly that it is something else; and all but the MOST_PARTS largest of a
     frame in pieces are taken together, so that noise costs no more time than a scene.
+
+    Args:
+        cells: Of a few frames.
+        kinds: That the video may hold, as of `estimate`.
+        trust: In each of them.
     """
     from scipy.sparse import csr_matrix  # a good part of a second, for what is labelled alone
     from scipy.sparse.csgraph import connected_components
 
     # Each cell gets its likeliest class; connected cells of one class are a part.
-    kinds, trust = estimate(cells.evidence, len(cells.of_pixel))
     kind = kinds[(by_class(cells.evidence, MEMBERS[kinds]) + trust).argmax(axis=1)]
     same = kind[cells.pairs[0]] == kind[cells.pairs[1]]
     n = len(kind)

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
-    add("--proposals", type=Path, help="folder of CLEVRER's proposals, to take as labels")
+    add("--proposals", type=Path, help="folder of CLEVRER's, as labels (default: none)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")

@@ -276,6 +276,20 @@ def test_frames_of_two_kinds_are_a_fault(tmp_path):
         read_video(list_video(video))
 
 
+def test_a_jpeg_that_is_cut_off_or_none_is_named(tmp_path):
+    video = make_video(tmp_path / "video_1", frames=2, size=(64, 96), labelled=False)
+    for t in (0, 1):
+        path = video / f"{t}.jpg"
+        Image.open(video / f"image_{t}.png").save(path)
+        (video / f"image_{t}.png").unlink()
+    assert read_video(list_video(video)).shape == (2, 3, 64, 96)
+    whole = (video / "1.jpg").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no picture"):
+        (video / "1.jpg").write_bytes(content)
+        with pytest.raises(UserError, match=r"1\.jpg: unreadable JPEG"):
+            read_video(list_video(video))
+
+
 def test_what_is_not_read_is_counted_once_with_what_to_do(tmp_path, caplog):
     video = make_video(tmp_path / "video_1", frames=2)
     for name in ("mask_0.png", "masks.npy", "frames.zip", "notes.txt", ".hidden.png"):

@@ -1,5 +1,6 @@
 """The README's Python, run as it stands there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,18 +19,28 @@ def test_python_of_the_readme_runs(tmp_path):
     start = (
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
     )
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     code = (
         start
         + "\n".join(BLOCKS)
         + "\nassert loss.isfinite() and objects.labels.shape == (2, 32, 48)"
     )
-    pytest.importorskip("onnxscript")
+    for name in ("onnxscript", "pandas", "matplotlib"):
+        pytest.importorskip(name)
+    (tmp_path / "masks/video_7").mkdir(parents=True)
+    rows = "name,x,y\nred rubber cube,1.5,2.25\nred rubber cube,2.5,2.25\n"
+    (tmp_path / "masks/video_7/objects.csv").write_text(rows)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "agg"},
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "clevr_unet.onnx").is_file()
+    assert (tmp_path / "tracks.png").is_file()
 
 
 def test_the_readme_shows_every_file():

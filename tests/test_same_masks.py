@@ -132,9 +132,9 @@ def test_labels_do_not_depend_on_how_they_are_made(tmp_path, precision, rendered
 
 @needs_real
 def test_labels_of_real_videos_do_not_depend_on_the_batch(tmp_path, precision):
-    label = InProcess(REAL, tmp_path)
+    label = InProcess(REAL / "train", tmp_path)
     different, pixels, _ = compare(label("of 22"), label("of 7", batch_size=7))
-    assert pixels > 500_000
+    assert pixels > 100_000
     assert different <= ALLOWED[precision] * pixels
 
 

@@ -17,7 +17,7 @@ from checkpoints import load_checkpoint, save_checkpoint
 from labelling import Labeller
 from model import UNet
 from render import render_video
-from scale import AS_THEY_ARE, Scale, fill, learned_size, resize
+from scale import AS_THEY_ARE, Scale, fill, learned_size, pack, resize
 from utils import UserError
 
 WEIGHTS = ROOT / "weights/clevr_unet.pt"
@@ -114,7 +114,7 @@ def test_pixels_have_the_class_of_the_nearest_object_and_what_was_dropped_stays_
     outlines = torch.ones(1, 2, 20, dtype=torch.bool)
     outlines[:, :, 14] = False
     expected = [0] * 4 + [7] * 6 + [0] * 2 + [29] * 2 + [0] + [29] * 5
-    found = fill(labels[None], objects[None], outlines)
+    found = fill(labels[None], objects[None], pack(outlines), (2, 20))
     assert found.tolist() == [[expected, expected]]
 
 
