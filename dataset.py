@@ -25,7 +25,7 @@ from classes import CLASS_NAMES, NUM_CLASSES
 from decode import read_frame
 from devices import in_threads
 from files import atomic_write, delete_leftovers, digest, file_state
-from proposals import file_name, has_proposals, load_proposed
+from proposals import check_names, file_name, has_proposals, load_proposed
 from utils import UserError, make_parser, run_script
 from videos import (
     MASK,
@@ -132,14 +132,23 @@ class CLEVRDataset(Dataset):
 
     def _length(self, video: Video) -> int:
         cached = self._cached.get(video.path)
-        return cached[1][0] if cached else video.count()
+        if cached:
+            return cached[1][0]
+        try:
+            return video.count()
+        except UserError as error:  # of a clip; the others are there to be read
+            self.skipped[video.path] = str(error)
+            logger.warning("skipped %s", error)
+            return 0
 
     def _list(self, videos: Sequence[str | Path | Video]) -> list[Video]:
         """Return videos with the names of their frames; a folder that cannot be read is skipped."""
         found = []
         for video in videos:
             try:
-                found.append(video if isinstance(video, Video) else list_video(video))
+                video = video if isinstance(video, Video) else list_video(video)
+                stride = PROPOSED_EVERY if self._proposals and video.every == 1 else 1
+                found.append(video.every_nth(stride))
             except UserError as error:
                 if not self.labelled:
                     raise
@@ -203,6 +212,7 @@ class CLEVRDataset(Dataset):
         if self._proposals:
             masks = [self._proposals / file_name(video)]
         states = video.state(ctime=True) + [file_state(mask, ctime=True) for mask in masks]
+        states += [video.every] if self._proposals else []
         folder = digest(repr(os.path.realpath(video.path)).encode())
         return root / folder / f"{digest(repr(states).encode())}.npy"
 
@@ -267,7 +277,7 @@ class CLEVRDataset(Dataset):
             if file:  # not as np.memmap, which holds a file descriptor for each video
                 data = torch.from_file(str(file), False, file.stat().st_size, dtype=torch.uint8)
                 return data[-math.prod(shape) :].view(shape)
-        if len(self._opened) >= OPEN_MASKS:
+        if len(self._opened) >= (16 if self._proposals else OPEN_MASKS):  # the former are whole
             self._opened.clear()
         if self._proposals:  # decoded whole: so it should be cached
             return torch.from_numpy(self._load(self.videos[v]))
@@ -283,6 +293,7 @@ def find_proposed(root: str | Path, proposals: Path) -> list[Video]:
         UserError: there is none.
     """
     videos = [v for v in find_videos(root, PROPOSED_EVERY) if has_proposals(v, proposals)]
+    check_names(videos)
     if not videos:
         raise UserError(
             f"{root}: no video in it has a file such as proposal_00000.json below {proposals}."

@@ -6,6 +6,7 @@ decoded whole is a fault: a PNG has checksums; h264 has none, so what FFmpeg ref
 early is refused, and half a clip does not pass for a whole one.
 """
 
+import os
 import struct
 import warnings
 import zlib
@@ -22,6 +23,8 @@ from torch import Tensor
 from utils import UserError, no_memory
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"  # as FFmpeg calls them
+SILENT_END = 0.5  # seconds that sound may go on after the last frame
 LONGER = 2**20  # frames that a header may claim: eleven hours
 MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
 MAX_RATIO = 16  # of its sides, unless both are below LONG: brought to the network's width, a sliver
@@ -153,29 +156,47 @@ def read_clip(path: Path, every: int = 1) -> Iterator[ClipFrame | None]:
         if stream.width:
             _check_shape(path, stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        convert, size, last, count = VideoReformatter(), None, None, 0
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise UserError(f"{path}: frame {count} is damaged, replace the file.")
-            size = size or (frame.width, frame.height)
-            if size != (frame.width, frame.height):
-                raise UserError(f"{path}: its frames have different sizes.")
-            if last is not None and frame.pts is not None and frame.pts <= last:
-                raise UserError(f"{path}: its time stamps do not rise, replace the file.")
-            last = frame.pts
-            count += 1
-            if (count - 1) % every:
-                yield None
-                continue
-            # In one thread: more would wait for each other, and for ever in a forked process.
-            pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            yield ClipFrame(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), frame.time)
-        if not count:
-            raise UserError(f"{path}: no frame in it can be decoded, replace the file.")
-        if count < stream.frames:
-            raise UserError(
-                f"{path}: ends after {count} of {stream.frames} frames, replace the file."
-            )
+        stamped = container.format.name != "avi"  # whose time stamps are FFmpeg's guess
+        convert, size, first, last, count, discarded = VideoReformatter(), None, None, None, 0, 0
+        for packet in container.demux(stream):
+            discarded += packet.is_discard  # frames that an edit list leaves out
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise UserError(f"{path}: frame {count} is damaged, replace the file.")
+                size = size or (frame.width, frame.height)
+                if size != (frame.width, frame.height):
+                    raise UserError(f"{path}: its frames have different sizes.")
+                time = frame.time if stamped else count / float(stream.average_rate or 25)
+                if None not in (last, time) and time <= last:
+                    raise UserError(f"{path}: its time stamps do not rise, replace the file.")
+                first, last, count = time if first is None else first, time, count + 1
+                if (count - 1) % every:
+                    yield None
+                    continue
+                # In one thread: more would wait for each other, and for ever in a forked process.
+                pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                pixels = np.rot90(pixels, frame.rotation // 90)
+                seconds = None if time is None else time - first
+                yield ClipFrame(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), seconds)
+        _check_end(path, container, stream, count, discarded, last)
+
+
+def _check_end(
+    path: Path, container: Any, stream: Any, count: int, discarded: int, last: float | None
+) -> None:
+    """Raise UserError for a clip that ends after `count` frames, before its header says."""
+    if not count:
+        raise UserError(f"{path}: no frame in it can be decoded, replace the file.")
+    if count + discarded < stream.frames:
+        raise UserError(f"{path}: ends after {count} of {stream.frames} frames, replace the file.")
+    if container.format.name == "gif":
+        whole = path.read_bytes().rstrip(b"\0").endswith(b";")
+    elif stream.frames or last is None or not container.duration:
+        return
+    else:  # mkv and webm tell how long they are, not how many frames that is
+        whole = container.duration / 1e6 - last < SILENT_END
+    if not whole:
+        raise UserError(f"{path}: ends after {count} frames, before its end, replace the file.")
 
 
 @contextmanager
@@ -191,7 +212,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     av.logging.set_level(av.logging.PANIC)  # what it warns of is said here
     try:
         must_be_file(path)
-        with av.open(str(path)) as container:
+        # An absolute path is no address, and other formats could name other files.
+        options = {"format_whitelist": FORMATS}
+        with av.open(os.path.abspath(path), options=options) as container:  # noqa: PTH100
             if not container.streams.video:
                 raise ValueError("no video stream in it")
             stream = container.streams.video[0]
@@ -202,5 +225,6 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except Exception as error:  # damaged files raise nearly anything
         if no_memory(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = text.splitlines()[0]
         raise UserError(f"{path}: unreadable video ({reason}), replace the file.") from None

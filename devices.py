@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -129,21 +130,31 @@ def shared_threads(device: torch.device) -> Iterator[int]:
 
 
 def in_threads(
-    job: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+    job: Callable[[Any], Any],
+    items: Iterable[Any],
+    threads: int | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Any]:
     """Yield job(item) for each item, in order; `threads` run at once, and few items wait.
 
-    By default as many as there are cores, at most MAX_THREADS: decoding frees the GIL.
+    By default as many as there are cores, at most MAX_THREADS: decoding frees the GIL. Where it
+    ends early, as by Ctrl-C, what waits is not begun, and `stop` is set for what has.
     """
     threads = threads or min(MAX_THREADS, usable_cpus())
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future] = deque()
+    pool, ahead = ThreadPoolExecutor(threads), deque()
+    try:
         for item in items:
             ahead.append(pool.submit(job, item))
             if len(ahead) > 2 * threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+    except BaseException:
+        if stop:
+            stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def why_alone() -> str:

@@ -29,7 +29,7 @@ from metrics import (
     summarise,
     video_figures,
 )
-from proposals import has_proposals, read_masks
+from proposals import check_names, has_proposals, read_masks
 from utils import UserError, make_parser, run_script
 from videos import MASK, find_videos, read_labels, size_text
 
@@ -89,12 +89,16 @@ def score(pred: Path, data: Path, proposals: Path | None = None) -> dict[str, An
         UserError: a prediction is missing, faulty or of another size than the truth, or there is
             nothing to score.
     """
-    tally, missing, skipped = Tally(), [], 0
-    for video in find_videos(data):
+    tally, missing, skipped, videos = Tally(), [], 0, find_videos(data)
+    if proposals:
+        check_names(video for video in videos if has_proposals(video, proposals))
+    for video in videos:
         name = video.target  # "." if `data` is itself a video
         try:
             if proposals:
-                truth = read_masks(video, proposals) if has_proposals(video, proposals) else None
+                known = has_proposals(video, proposals)
+                numbers = video.numbers or range(video.count()) if known else None
+                truth = read_masks(video, proposals, numbers) if known else None
             else:
                 truth = read_labels(video.path, len(video.names))
         except UserError as error:

@@ -5,10 +5,10 @@
     python infer.py --ckpt file --out masks --data path --resume            # after an interruption
     torchrun --nproc-per-node=8 infer.py --ckpt file --out masks --data path  # on eight GPUs
 
-Every folder below --data that holds image_*.png is a video, and so is every file such as .mp4; its
-masks go to the same relative path below --out, mask.npy, uint8 (frames, height, width), ids 0..48.
-A video with a fault is named on stderr and gets no mask; the others are done, and the exit status
-is 1.
+Every folder below --data that holds image_0.png, ... is a video, and so is every file such as .mp4;
+its masks go to the same relative path below --out, mask.npy, uint8 (frames, height, width), ids
+0..48. A video with a fault is named on stderr and gets no mask; the others are done, and the exit
+status is 1.
 
 Objects are followed through the video (objects.py), and each is one class. --objects writes them
 beside mask.npy to objects.csv, a row for each object and frame; --no-consistency labels each frame
@@ -67,8 +67,9 @@ def main() -> int:
     seconds = time.perf_counter() - start
     rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
     processes.say(f"{done} videos, {frames} frames in {rate} -> {args.out}")
-    if processes.first and not args.no_masks:
+    if processes.first and done and not args.no_masks:
         look = ["python", "preview.py", "--masks", args.out, "--data", *roots, "--out", "preview"]
+        look += ["--every", args.every] if args.every > 1 else []
         print(f"look at them: {shlex.join(map(str, look))}")
     if skipped and processes.first:
         print(f"{skipped} videos skipped, see above", file=sys.stderr)
@@ -104,7 +105,7 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
         shares = [int(digest(os.fsencode(video.target)), 16) % count for video in videos]
         videos = [v for v, share in zip(videos, shares, strict=True) if share == number - 1]
         print(f"share {number} of {count}: {len(videos)} of {len(shares)} videos")
-    gaps = [str(video) for video in videos if video.has_gaps]
+    gaps = [str(video) for video in videos if video.missing and not video.labelled]
     if gaps:
         print(
             f"{len(gaps)} videos do not begin at frame 0 or have gaps, and are labelled in the "
@@ -205,14 +206,16 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=at_least(0),
-        help="processes that decode frames (default: on a CPU 0, else up to 16)",
+        help="processes that decode short videos (default: on a CPU 0, else up to 16)",
     )
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     args = parser.parse_args()
     if args.no_masks and not (args.objects or args.proposals):
         parser.error("--no-masks leaves nothing to write: give --objects or --proposals")
-    if args.objects and args.no_consistency:
-        parser.error("--objects are those that are followed: leave out --no-consistency")
+    if args.no_consistency and (args.objects or args.proposals):
+        parser.error(
+            "--objects and --proposals are of objects that are followed: leave out --no-consistency"
+        )
     return args
 
 

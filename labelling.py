@@ -11,6 +11,7 @@ that for thousands of videos, in worker threads, and writes what is found.
 
 import contextlib
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -47,7 +48,7 @@ class Seen(NamedTuple):
 
     size: tuple[int, ...]  # the frames' own H and W
     objects: Tensor  # (N, h, w) bool, where there is an object
-    evidence: Tensor  # (n, 13) logits of attributes of the cells that hold one, in order; float16
+    evidence: Tensor  # (n, 13) logits of attributes of the cells that hold one, in order
     outlines: Tensor | None = None  # packed: objects in the frames' own size, if that differs
 
 
@@ -133,7 +134,7 @@ class Labeller:
     def at_once(self, size: Sequence[int]) -> int:
         """Return how many frames of a height and width the network looks at together."""
         looks = self.scale.looks(*size)
-        pixels = math.prod(looks.fine or looks.coarse)
+        pixels = max(math.prod(size), math.prod(looks.fine or looks.coarse))
         most = MAX_ON_CPU if self.device.type == "cpu" else MAX_AT_ONCE
         return min(self.batch_size, max(1, most // pixels))
 
@@ -221,8 +222,9 @@ def label_videos(
         labeller: How.
         dataset: The videos; their labels, if they have any, are not looked at.
         outputs: Where their files go.
-        workers: Processes that decode ahead. On a CPU 0 are best: its worker threads, of which
-            each labels videos of its own, decode for themselves.
+        workers: Processes that decode short videos ahead; long ones and clips are decoded by the
+            worker threads. On a CPU 0 are best: its worker threads, of which each labels videos
+            of its own, decode for themselves.
 
     Yields:
         What was done, as it is. A video that cannot be read is left out and named there. Until the
@@ -231,17 +233,22 @@ def label_videos(
     device, videos = labeller.device, WholeVideos(dataset)
 
     def label(read: list[WholeVideo]) -> Done:
-        whole, messages = [video for video in read if not video.fault], []
+        whole, messages, frames, count = [v for v in read if not v.fault], [], [], 0
+        faults = [video.fault for video in read if video.fault]
         for size, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
-            if message := labeller.scale.describe(*size):
-                messages.append(message)
+            try:
+                messages.append(labeller.scale.describe(*size))
+            except UserError as error:
+                faults += [f"{video.video}: {error}" for video in group]
+                continue
             numbers = [video.video.numbers for video in group]
             found = labeller.label([video.frames for video in group], numbers)
             for video, objects in zip(group, found, strict=True):
                 outputs.save(video.video, objects, video.state)
-        frames = sum(len(video.frames) for video in whole)
-        return Done(len(whole), frames, [v.fault for v in read if v.fault], messages)
+            frames.append(sum(len(video.frames) for video in group))
+            count += len(group)
+        return Done(count, sum(frames), faults, list(filter(None, messages)))
 
     def read_and_label(numbers: list[int]) -> Done:
         return label([videos[v] for v in numbers if not outputs.is_done(dataset.videos[v])])
@@ -256,6 +263,8 @@ def label_videos(
 
         def frames() -> Iterator[Frame]:
             for frame in read_frames(video):
+                if stop.is_set():
+                    raise UserError("stopped")
                 if not messages:
                     messages.append(labeller.scale.describe(*frame.pixels.shape[1:]))
                 yield frame
@@ -263,14 +272,15 @@ def label_videos(
         try:
             objects = labeller.label_ahead(frames(), pool, threads)
         except UserError as error:
-            return Done(0, 0, [str(error)], [])
+            named = str(error).startswith(str(video))
+            return Done(0, 0, [str(error) if named else f"{video}: {error}"], [])
         outputs.save(video, objects, state)
-        return Done(1, len(objects.labels), [], [message for message in messages if message])
+        return Done(1, len(objects.labels), [], list(filter(None, messages)))
 
     # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
-    lengths = [len(video.names) for video in dataset.videos]
+    lengths, stop = [len(video.names) for video in dataset.videos], threading.Event()
     short = [v for v, length in enumerate(lengths) if 0 < length <= labeller.batch_size]
-    long = [video for video in dataset.videos if not 0 < len(video.names) <= labeller.batch_size]
+    long = [dataset.videos[v] for v in sorted(set(range(len(lengths))) - set(short))]
     groups = fill_batches([lengths[v] for v in short], labeller.batch_size)
     batches = [[short[i] for i in group] for group in groups]
     with shared_threads(device) as threads, ThreadPoolExecutor(threads) as pool:
@@ -286,7 +296,7 @@ def label_videos(
             yield from in_threads(label_read, loader, threads)
         else:
             yield from in_threads(read_and_label, batches, threads)
-        yield from in_threads(label_long, long, threads)
+        yield from in_threads(label_long, long, threads, stop)
 
 
 def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:

@@ -172,6 +172,13 @@ class Outputs:
                 )
         if self.proposals:
             check_names(videos)
+            for video in videos:
+                file = self.files(video)["proposal"]
+                if file.exists() and not self._wrote_proposals(video):
+                    raise UserError(
+                        f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
+                        "knows nothing of: give a folder of its own"
+                    )
         paths = {video.path.resolve() for video in videos}
         for video in videos:
             folder = self.folder(video)
@@ -180,6 +187,12 @@ class Outputs:
                     f"--out {self.out} would put masks over the labels in {folder}, a folder of "
                     "frames: give a folder of its own"
                 )
+
+    def _wrote_proposals(self, video: Video) -> bool:
+        try:
+            return bool(json.loads((self.folder(video) / RECORD).read_bytes()).get("proposal"))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return False
 
     def is_done(self, video: Video) -> bool:
         """Return whether the files of a video are kept; another run may have made them by now."""
@@ -231,8 +244,8 @@ class Outputs:
     def save(self, video: Video, objects: Objects, state: list) -> None:
         """Write the files of a video: the table first, then the mask, the proposal and the record.
 
-        A table, a record or a mask of the other form that was there before does not outlive it. The
-        record has the digests of what was written, not of the files, which another run into the
+        A table, a record or a mask of a former run that is not written anew is deleted. The record
+        has the digests of what was written, not of the files, which another run into the
         same folder may have replaced.
 
         Args:
@@ -244,7 +257,7 @@ class Outputs:
             OSError: with the name of what cannot be written.
         """
         folder, files = self.folder(video), self.files(video)
-        others = [name for name in MASKS if self.form and name != files["mask"].name]
+        others = [name for name in MASKS if folder / name not in files.values()]
         for name in (RECORD, TABLE, *others):
             (folder / name).unlink(missing_ok=True)
         digests: dict[str, str | None] = {"mask": None, "table": None}

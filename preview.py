@@ -46,7 +46,7 @@ from page.pictures import (
     tile_size,
 )
 from utils import UserError, at_least, make_parser, run_script
-from videos import MASKS, Video, find_in_all, has_mask, read_labels, read_video
+from videos import MASKS, Video, find_in_all, has_mask, read_labels, read_truth, read_video
 
 PAGE = Path(__file__).parent / "page"  # the files that a browser opens
 FORMAT = 1  # of the files for a video: those of another are made again
@@ -80,7 +80,7 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
     faults: list[str] = []
     truth, confidence = None, {}
     try:
-        truth = read_labels(video.path, shape[0], shape[1:])
+        truth = read_truth(video, shape[0], shape[1:])
     except UserError as error:
         faults.append(str(error))
     try:

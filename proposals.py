@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classes import COLOURS, FRAME_SIZE, MATERIALS, SHAPES, class_id, factors
-from decode import must_be_file
+from decode import MAX_PIXELS, must_be_file
 from objects import Objects
 from utils import UserError
 from videos import Video, read_frames
 
 
+def _stem(video: Video) -> str:
+    path = Path(os.path.abspath(video.path))  # noqa: PTH100 - "." has no name
+    return path.stem if video.is_clip else path.name
+
+
+def _coco() -> Any:
+    """Return the module of pycocotools for masks. Raises UserError where it is not installed."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise UserError("proposals are packed by pycocotools: pip install pycocotools") from None
+    return mask
+
+
 def video_index(video: Video) -> int:
     """Return the number in a video's name, 7 of video_00007.mp4. Raises UserError for none."""
-    numbers = re.findall(r"[0-9]+", video.path.stem if video.is_clip else video.path.name)
+    numbers = re.findall(r"[0-9]+", _stem(video))
     if not numbers:
         raise UserError(f"{video}: no number in its name, by which a proposal is called: rename it")
     return int(numbers[-1])
@@ -43,14 +57,8 @@ def file_name(video: Video) -> str:
 
 
 def check_names(videos: Iterable[Video]) -> None:
-    """Raise UserError for a video without a number in its name, or for two of one number.
-
-    So it does where pycocotools is not installed.
-    """
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ImportError:
-        raise UserError("proposals are packed by pycocotools: pip install pycocotools") from None
+    """Raise UserError for a video without a number in its name, or for two of one number."""
+    _coco()
     names = defaultdict(list)
     for video in videos:
         names[file_name(video)].append(video)
@@ -63,11 +71,9 @@ def check_names(videos: Iterable[Video]) -> None:
 
 def encode(video: Video, objects: Objects) -> bytes:
     """Return the content of a video's file; `score` is the confidence of each object's class."""
-    from pycocotools import mask as coco
-
-    labels = objects.labels.numpy()
+    coco, labels = _coco(), objects.labels.numpy()
     numbers = objects.numbers or range(len(labels))
-    stem = video.path.stem if video.is_clip else video.path.name
+    stem = _stem(video)
     frames = []
     for number, ids in zip(numbers, labels, strict=True):
         present = (1 + np.flatnonzero(np.bincount(ids.ravel(), minlength=2)[1:])).tolist()
@@ -103,59 +109,69 @@ def has_proposals(video: Video, folder: Path) -> bool:
 
 
 def read_masks(
-    video: Video, folder: Path, every: int = 1, size: tuple[int, int] | None = None
+    video: Video,
+    folder: Path,
+    numbers: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return the masks of a video, uint8 (T, H, W), as its file has them, in their order.
+    """Return the masks of a video, uint8 (T, H, W), as its file has them, by `frame_index`.
 
     A pixel that two objects claim goes to the one of the higher score.
 
     Args:
         video: Whose they are.
         folder: Where its file is.
-        every: 6 for every sixth frame.
+        numbers: Those of the frames; None: all that the file has.
         size: The height and width to bring masks to, by area; None: their own.
 
     Raises:
-        UserError: the file is damaged, or an object has a shape, material or colour of no class.
+        UserError: the file is damaged or has not all frames, or an object is of no class.
     """
-    from pycocotools import mask as coco
-
-    path = folder / file_name(video)
+    coco, path = _coco(), folder / file_name(video)
     try:
         must_be_file(path)
-        frames = json.loads(path.read_bytes())["frames"][::every]
-        masks = [_paint(coco, frame["objects"], size) for frame in frames]
+        frames = json.loads(path.read_bytes())["frames"]
+        by_number = {int(f.get("frame_index", i)): f["objects"] for i, f in enumerate(frames)}
+        if len(by_number) < len(frames):
+            raise UserError("two frames have the same frame_index, replace the file.")
+        numbers = sorted(by_number) if numbers is None else numbers
+        if missing := [number for number in numbers if number not in by_number]:
+            raise UserError(f"has no frame {missing[0]}, replace the file.")
+        sizes = {tuple(item["mask"]["size"]) for f in frames for item in f["objects"]}
+        if len(sizes) != 1:
+            raise UserError("holds no masks, or of several sizes, replace the file.")
+        (own,) = sizes
+        if len(own) != 2 or not 0 < own[0] * own[1] <= MAX_PIXELS:
+            raise UserError(f"masks of size {own} are none of frames, replace the file.")
+        masks = [_paint(coco, by_number[number], own, size or own) for number in numbers]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise nearly anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise UserError(f"{path}: no proposals ({reason}), replace the file.") from None
-    sizes = {tuple(mask.shape) for mask in masks if mask.numel()}
-    if len(sizes) != 1:
-        raise UserError(f"{path}: holds no masks, or of several sizes, replace the file.")
-    empty = torch.zeros(sizes.pop(), dtype=torch.uint8)
-    return torch.stack([mask if mask.numel() else empty for mask in masks])
+    return torch.stack(masks)
 
 
-def _paint(coco: Any, objects: list[dict[str, Any]], size: tuple[int, int] | None) -> Tensor:
-    """Return the ids (H, W) of a frame's objects; of none, an empty tensor."""
-    if not objects:
-        return torch.empty(0, dtype=torch.uint8)
-    objects = sorted(objects, key=lambda item: float(item["score"]))  # the surest is painted last
-    ids = []
-    for item in objects:
+def _paint(
+    coco: Any, objects: list[dict[str, Any]], own: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Return the ids (H, W) of a frame's objects, whose masks are of `own` size, in `size`."""
+    labels, ids = torch.zeros(own, dtype=torch.uint8), [0]
+    for item in sorted(objects, key=lambda item: float(item["score"])):  # the surest comes last
         try:
             ids.append(class_id(item["shape"], item["material"], item["color"]))
         except ValueError:
             what = " ".join(str(item[key])[:30] for key in ("color", "material", "shape"))
             raise UserError(f"a {what} is no object of CLEVR, mend the file.") from None
-    planes = torch.from_numpy(coco.decode([item["mask"] for item in objects]))  # (H, W, N)
-    labels = torch.zeros(planes.shape[:2], dtype=torch.uint8)
-    for i, plane in zip(ids, planes.unbind(-1), strict=True):
-        labels[plane > 0] = i
-    if size is None or size == tuple(labels.shape):
+        # Run lengths that do not fill the frame would leave what memory held before.
+        counts = item["mask"]["counts"].encode()
+        plane = coco.decode({"size": list(own), "counts": counts})
+        if coco.encode(np.asfortranarray(plane))["counts"] != counts:
+            raise UserError("run lengths that do not fill their frame, replace the file.")
+        labels[torch.from_numpy(plane) > 0] = ids[-1]
+    if size == own:
         return labels
-    classes = torch.tensor([0, *dict.fromkeys(ids)], dtype=torch.uint8)
+    classes = torch.tensor(list(dict.fromkeys(ids)), dtype=torch.uint8)
     areas = (labels == classes[:, None, None]).float()[None]  # (1, classes, H, W)
     return classes[F.interpolate(areas, size, mode="area")[0].argmax(dim=0)]
 
@@ -166,16 +182,12 @@ def load_proposed(video: Video, folder: Path) -> np.ndarray:
     They are brought to the form of the course's data set: FRAME_SIZE, frames and masks by area.
 
     Raises:
-        UserError: a frame or the proposals cannot be read, or their numbers differ.
+        UserError: a frame or its proposals cannot be read.
     """
-    frames = []
+    frames, numbers = [], []
     for frame in read_frames(video):
         pixels = F.interpolate(frame.pixels[None].float(), FRAME_SIZE, mode="area")[0]
         frames.append(pixels.round().to(torch.uint8))
-    masks = read_masks(video, folder, video.every, FRAME_SIZE)
-    if len(frames) != len(masks):
-        raise UserError(
-            f"{folder / file_name(video)}: {len(masks)} frames with proposals, {video} has "
-            f"{len(frames)}."
-        )
+        numbers.append(frame.number)
+    masks = read_masks(video, folder, numbers, FRAME_SIZE)
     return torch.cat([torch.stack(frames), masks[:, None]], dim=1).numpy()

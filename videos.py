@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from classes import NUM_CLASSES
-from decode import MAX_PIXELS, count_frames, is_clip, must_be_file, read_clip, read_frame
+from decode import MAX_PIXELS, SUFFIXES, count_frames, is_clip, must_be_file, read_clip, read_frame
 from files import file_state
 from utils import UserError
 
@@ -62,6 +62,7 @@ class Video:
         names: Those of its frames, by their numbers; empty for a file.
         labelled: Whether there is a mask.npy in it, even one that cannot be read.
         every: 6 where only every sixth frame is taken.
+        missing: The first numbers that its frames leave out, of all of them.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Video:
     names: tuple[str, ...] = ()
     labelled: bool = False
     every: int = 1
+    missing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, folder: Path, target: Path, names: Iterable[str], every: int = 1) -> "Video":
@@ -80,9 +82,14 @@ class Video:
         frames = [name for name in names if FRAME_NAME.fullmatch(name)]
         frames = frames or [name for name in names if OTHER_NAME.fullmatch(name)]
         frames.sort(key=lambda name: (number_of(name), name))
-        return cls(
-            folder, target, tuple(frames[::every]), any(name in MASKS for name in names), every
-        )
+        labelled, numbers = any(name in MASKS for name in names), set(map(number_of, frames))
+        gaps = (n for n in range(max(numbers, default=0)) if n not in numbers)
+        missing = tuple(islice(gaps, 4))
+        return cls(folder, target, tuple(frames[::every]), labelled, every, missing)
+
+    def every_nth(self, every: int) -> "Video":
+        """Return the video of every so many-th of its frames."""
+        return replace(self, names=self.names[::every], every=self.every * every)
 
     @property
     def is_clip(self) -> bool:
@@ -98,11 +105,6 @@ class Video:
     def numbers(self) -> list[int]:
         """The numbers in the names of its frames."""
         return [number_of(name) for name in self.names]
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether its numbers do not begin at 0, or leave some out."""
-        return any(number != i * self.every for i, number in enumerate(self.numbers))
 
     def count(self) -> int:
         """Return how many frames there are; a clip is opened, and UserError if it cannot be."""
@@ -121,7 +123,7 @@ class Frame(NamedTuple):
 
     pixels: Tensor  # uint8 (3, H, W), RGB
     number: int  # in its name; of a clip from 0
-    seconds: float | None = None  # of a clip, since its start
+    seconds: float | None = None  # of a clip, since its first frame
 
 
 def number_of(name: str) -> int:
@@ -148,10 +150,10 @@ def find_videos(root: str | Path, every: int = 1) -> list[Video]:
     root = Path(root)
     if root.is_file() and is_clip(root):
         return [Video(root, Path(root.stem), every=every)]
+    if root.is_file():
+        raise UserError(f"{root}: no video file, give one of {', '.join(SUFFIXES)} or a folder.")
     if not root.is_dir():
-        raise UserError(
-            f"{root}: there is no such folder, give a folder of videos or a video file."
-        )
+        raise UserError(f"{root}: there is no such folder, give a folder of videos or a clip.")
     videos, seen, unread = [], set(), Counter()
 
     def warn(error: OSError) -> None:
@@ -172,11 +174,14 @@ def find_videos(root: str | Path, every: int = 1) -> list[Video]:
             if set(video.names) & set(files):
                 videos.append(video)
             clips = [name for name in files if is_clip(Path(name))]
+            if any(map(FRAME_NAME.fullmatch, files)):  # nothing else counts beside image_N.png
+                unread["videos"] += len(clips)
+                clips = []
             videos += [Video(path / c, target / Path(c).stem, every=every) for c in clips]
             unread.update(_unread(files))
             inner = sorted((d for d in below if not d.startswith(".")), reverse=True)
             folders += [os.path.join(folder, d) for d in inner]  # noqa: PTH118 - str is faster
-    if unread:
+    if unread := +unread:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
         logger.warning("%s: not read: %s; %s", root, kinds, HOW_THEY_ARE_READ)
     if not videos:
@@ -197,7 +202,7 @@ def find_in_all(roots: Sequence[Path], every: int = 1) -> list[Video]:
         return find_videos(roots[0], every)
     videos, names = [], {}
     for root in roots:
-        name = root.resolve().name
+        name = Path(os.path.abspath(root)).name  # noqa: PTH100 - the name of a link is its own
         if name in names:
             raise UserError(f"{names[name]} and {root} have the same name: label them apart")
         names[name] = root
@@ -276,6 +281,18 @@ def read_mask(folder: str | Path, frames: int | None = None) -> np.ndarray | Non
         raise UserError(_unreadable(path, error)) from None
 
 
+def read_truth(video: Video, frames: int, size: Sequence[int]) -> Tensor | None:
+    """Return the true labels of the frames of a video that are taken, as of `read_labels`."""
+    truth = read_labels(video.path, None if video.every > 1 else frames, size)
+    if truth is not None and video.every > 1:
+        truth = truth[:: video.every]
+        if len(truth) != frames:
+            raise UserError(
+                f"{video}: its mask has {len(truth)} of {frames} frames that are taken."
+            )
+    return truth
+
+
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0][:REASON]
     return f"{path}: unreadable mask ({reason}), replace the file."
@@ -330,7 +347,8 @@ def _frames(video: Video, faults: list[str]) -> Iterator[Frame]:
             faults.append(str(error))
             continue
         sizes[tuple(pixels.shape[1:])] = None
-        yield Frame(pixels, number)
+        if len(sizes) == 1:
+            yield Frame(pixels, number)
     if len(sizes) > 1:
         faults.append(f"{video}: frames of different sizes: {_few(map(size_text, sizes))}.")
 
@@ -344,11 +362,9 @@ def _name_faults(video: Video) -> list[str]:
     kinds = {re.sub(r"[0-9]+", "0", name): name for name in video.names}
     if len(kinds) > 1:
         faults.append(f"{video}: frames of several kinds: {_few(kinds.values())}: keep one.")
-    if video.labelled:
-        most = max(numbers, default=1)
-        gaps = (f"image_{n}.png" for n in range(0, most, video.every) if n not in numbers)
-        if names := _few(gaps):
-            faults.append(f"{video}: missing frame: {names}.")
+    if video.labelled and video.missing:
+        names = _few(f"image_{n}.png" for n in video.missing)
+        faults.append(f"{video}: missing frame: {names}.")
     if len(numbers) < len(video.names):
         faults.append(f"{video}: two frames have the same number.")
     return faults

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from classes import BACKGROUND_PAINT, NUM_KINDS, PAINT, palette
 from utils import UserError
-from videos import find_in_all, has_mask, read_labels, read_video
+from videos import find_in_all, has_mask, read_labels, read_truth, read_video
 
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
 TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
@@ -162,7 +162,7 @@ def draw_strip(
             rows = [frames, draw_over(frames, mask)]
         else:
             t = slice(len(frames) // 2, len(frames) // 2 + 1)
-            truth = [read_labels(video.path, *shape).numpy()] if labelled else []
+            truth = [read_truth(video, *shape).numpy()] if labelled else []
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shlex
 import shutil
+import subprocess
 from fractions import Fraction
 
 import av
@@ -103,7 +105,7 @@ def test_a_clip_of_clevrer_shows_its_six_objects_in_all_frames(run, tmp_path):
     """video_a.mp4 holds two spheres, three cylinders and a cube; none comes or goes."""
     names = "yellow metal sphere, gray metal sphere, cyan metal cylinder, purple metal cylinder, "
     names += "purple rubber cylinder, purple metal cube"
-    there = {class_id(*reversed(name.split())) for name in ()}
+    there = set()
     for name in names.split(", "):
         colour, material, shape = name.split()
         there.add(class_id(shape, material, colour))
@@ -153,6 +155,37 @@ def test_every_so_manyth_frame_is_taken_of_clips_and_of_folders(run, tmp_path, c
     assert {(row["number"], row["seconds"]) for row in rows} == {(str(6 * i), "") for i in range(5)}
 
 
+@pytest.mark.parametrize("name", ["12:00:00.mp4", "file:1.mp4", "-i.mp4"])
+def test_a_name_is_no_address(tmp_path, clip, name, monkeypatch):
+    shutil.copy(clip, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_video(list_video(name))) == FRAMES
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
+@pytest.mark.parametrize(
+    ("change", "suffix"),
+    [
+        (("-ss", "0.4", "-c", "copy"), ".mp4"),  # an edit list leaves out frames that are there
+        (("-c:v", "libx264", "-bf", "2"), ".avi"),  # which has no time stamps
+        (("-c", "copy", "-metadata:s:v", "rotate=90"), ".mov"),
+        (("-c", "copy", "-movflags", "frag_keyframe"), ".mp4"),
+        (("-c", "copy"), ".mkv"),
+    ],
+)
+def test_clips_of_other_programs_have_the_pixels_that_ffmpeg_writes(tmp_path, clip, change, suffix):
+    path = tmp_path / f"clip{suffix}"
+    ffmpeg = ["ffmpeg", "-nostdin", "-v", "error", "-i"]
+    before = change[:2] if change[0] == "-ss" else ()
+    command = ["ffmpeg", "-nostdin", "-v", "error", *before, "-i", clip, *change[len(before) :]]
+    subprocess.run([*command, path], check=True)
+    (tmp_path / "png").mkdir()
+    frames = ["-fps_mode", "passthrough", "-start_number", "0", tmp_path / "png/image_%d.png"]
+    subprocess.run([*ffmpeg, path, *frames], check=True)
+    found, expected = read_video(list_video(path)), read_video(list_video(tmp_path / "png"))
+    assert torch.equal(found, expected)
+
+
 def test_what_would_meet_in_one_folder_is_refused_before_anything_is_labelled(run, tmp_path, clip):
     write_frames(tmp_path / "data/x", clip)
     shutil.copy(clip, tmp_path / "data/x.mp4")
@@ -172,6 +205,16 @@ def test_the_page_plays_a_clip(run, call, tmp_path, clip):
         shown = preview.read_description(page / "video_00007/video.js")
         assert (shown["frames"], shown["size"]) == (FRAMES // every, [SIZE[1], SIZE[0]])
         assert shown["objects"]
+    truth = write_frames(tmp_path / "labelled/video_1", clip)
+    np.save(truth / "mask.npy", mask(tmp_path / "out1/video_00007/mask.npy"))
+    out = tmp_path / "out"
+    status, said, _ = run("--data", truth.parent, "--out", out, "--every", 5)
+    typed = shlex.split(said.splitlines()[-1].partition(": ")[2])
+    assert typed[-2:] == ["--every", "5"]
+    options = ("--masks", out, "--data", truth.parent, "--every", 5, "--out", tmp_path / "page")
+    assert call(preview, *options)[0] == 0
+    shown = preview.read_description(tmp_path / "page/video_1/video.js")
+    assert shown["figures"]["miou"] > 0.9
 
 
 # Damage
@@ -214,6 +257,27 @@ def test_a_clip_that_ends_before_its_header_says_is_no_clip(tmp_path, clip):
     (tmp_path / "zeros.mp4").write_bytes(content)
     with pytest.raises(UserError, match=r"zeros\.mp4: "):
         list(read_clip(tmp_path / "zeros.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".gif", "gif"), (".webm", "libvpx"), (".mkv", None)]
+)
+def test_half_a_clip_is_none_where_the_header_counts_no_frames(tmp_path, frames, suffix, codec):
+    path = write_clip(tmp_path / f"clip{suffix}", frames, codec)
+    assert len(list(read_clip(path))) == FRAMES
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"clip\{suffix}: "):
+        list(read_clip(path))
+
+
+def test_a_frame_of_another_size_is_a_fault_of_a_long_folder_too(run, tmp_path, clip):
+    video = write_frames(tmp_path / "data/video_1", clip)
+    Image.new("RGB", (32, 24)).save(video / "image_25.png")
+    write_frames(tmp_path / "data/video_2", clip)
+    status, said, err = run("--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert status == 1
+    assert "1 videos, 30 frames" in said
+    assert "video_1: frames of different sizes: 96 x 64, 32 x 24" in err
 
 
 def test_a_header_that_claims_too_many_pixels_is_refused(tmp_path, frames):
@@ -339,6 +403,25 @@ def test_without_masks_proposals_are_resumed_by_their_records(run, tmp_path, cli
     assert json.loads((folder / "proposal_00007.json").read_text())["frames"]
 
 
+def test_proposals_of_others_are_not_written_over(run, tmp_path, clip):
+    (tmp_path / "proposals").mkdir()
+    foreign = tmp_path / "proposals/proposal_00007.json"
+    foreign.write_text("as CLEVRER published it")
+    arguments = ("--data", clip, "--out", tmp_path / "out", "--proposals", tmp_path / "proposals")
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "holds proposal_00007.json" in err
+    assert foreign.read_text() == "as CLEVRER published it"
+
+
+def test_a_run_without_masks_leaves_none_of_another_beside_its_table(run, tmp_path, clip):
+    arguments = ("--data", clip, "--out", tmp_path / "out", "--objects")
+    assert run(*arguments)[0] == 0
+    assert run(*arguments, "--no-masks", "--every", 2)[0] == 0
+    names = {path.name for path in (tmp_path / "out").rglob("*.*")}
+    assert names == {"objects.csv", "mask.json"}
+
+
 def test_proposals_need_names_with_one_number_each(run, tmp_path, clip):
     for names, said in (
         (("a.mp4",), "no number in its name"),
@@ -441,6 +524,20 @@ def test_the_surer_of_two_proposals_has_the_pixel_and_nonsense_is_a_fault(
         path.write_text(json.dumps({"frames": [wrong] * 13}))
         with pytest.raises(UserError, match=f"proposal_00000.json: .*{said}"):
             proposals.read_masks(video, tmp_path)
+    # Damaged run lengths, and frames that are not those of the clip.
+    whole = json.loads((root / "proposals/proposal_00000.json").read_text())
+    for index, frame in enumerate(whole["frames"]):
+        frame["frame_index"] = index + 1
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="has no frame 0"):
+        proposals.load_proposed(video.every_nth(6), tmp_path)
+    counts = whole["frames"][0]["objects"][0]["mask"]["counts"]
+    for wrong in (counts[: len(counts) // 2], ""):
+        whole["frames"][0]["objects"][0]["mask"]["counts"] = wrong
+        path.write_text(json.dumps(whole))
+        with pytest.raises(UserError, match="do not fill their frame"):
+            proposals.read_masks(video, tmp_path)
+    path.write_text(json.dumps({"frames": [{"objects": []}] * 13}))
     shutil.copy(root / "proposals/proposal_00001.json", tmp_path)
     data = CLEVRDataset(root / "video_train", cache=False, proposals=tmp_path)
     assert [v.path.stem for v in data.videos] == ["video_00001"]
@@ -510,8 +607,10 @@ def test_several_folders_have_theirs_in_out(run, call, tmp_path, clip):
         for path in (tmp_path / "out").rglob("mask.npy")
     }
     assert found == {"a/video_1", "b/video_1", "video_00007"}
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/a").symlink_to(tmp_path / "b")
+    (tmp_path / "c").symlink_to(tmp_path / "b")  # whose name is its own
+    arguments = ("--data", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "links")
+    assert run(*arguments, "--every", 10)[0] == 0
+    assert (tmp_path / "links/c/video_1/mask.npy").is_file()
     write_frames(tmp_path / "d/a/video_1", clip)
     status, _, err = run("--data", tmp_path / "a", tmp_path / "d/a", "--out", tmp_path / "new")
     assert status == 2
