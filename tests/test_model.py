@@ -1,11 +1,14 @@
 """What the network promises: shapes, labels that are the argmax, a loss worked out by hand."""
 
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_readme import BLOCKS
 from torch._inductor import config as inductor_config
 
 import model as model_module
@@ -287,12 +290,17 @@ def test_onnx_gives_the_same_logits(trained, onnx_session, shape):
 
 @pytest.fixture(scope="module")
 def onnx_session(trained, tmp_path_factory):
-    """Export as the README does."""
+    """Export by the lines of the README, as they stand there."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    file = tmp_path_factory.mktemp("onnx") / "clevr_unet.onnx"
-    frames = torch.zeros(EXPORTED, dtype=torch.uint8)
-    torch.onnx.export(trained, (frames,), file, dynamic_shapes=dynamic(), verbose=False)
-    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (lines,) = [block for block in BLOCKS if "torch.onnx.export" in block]
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("onnx"))
+    try:
+        exec(lines, {"model": trained, "frames": torch.zeros(EXPORTED, dtype=torch.uint8)})
+        providers = ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession("clevr_unet.onnx", providers=providers)
+    finally:
+        os.chdir(here)
 
 
 def test_exported_programs_give_the_same_logits(trained):

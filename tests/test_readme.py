@@ -20,12 +20,13 @@ def test_python_of_the_readme_runs(tmp_path):
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
     )
     assert len(BLOCKS) == 5
+    blocks = [block for block in BLOCKS if "torch.onnx.export" not in block]  # test_model.py's
     code = (
         start
-        + "\n".join(BLOCKS)
+        + "\n".join(blocks)
         + "\nassert loss.isfinite() and objects.labels.shape == (2, 32, 48)"
     )
-    for name in ("onnxscript", "pandas", "matplotlib"):
+    for name in ("pandas", "matplotlib"):
         pytest.importorskip(name)
     (tmp_path / "masks/video_7").mkdir(parents=True)
     rows = "name,x,y\nred rubber cube,1.5,2.25\nred rubber cube,2.5,2.25\n"
@@ -39,7 +40,6 @@ def test_python_of_the_readme_runs(tmp_path):
         env={**os.environ, "MPLBACKEND": "agg"},
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "clevr_unet.onnx").is_file()
     assert (tmp_path / "tracks.png").is_file()
 
 
