@@ -107,9 +107,11 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
                     os.close(lock)
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+def write_json(
+    path: str | Path, value: Any, indent: int | None = None, compact: bool = False
+) -> None:
     """Write a value as JSON, by `atomic_write`. Raises ValueError for what JSON has no word for."""
-    separators = None if indent else (",", ":")
+    separators = (",", ":") if compact else None
     text = json.dumps(value, indent=indent, separators=separators, allow_nan=False)
     with atomic_write(path) as file:
         file.write(f"{text}\n".encode())

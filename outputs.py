@@ -266,7 +266,8 @@ class Outputs:
             with atomic_write(path) as file:
                 file.write(content)
             digests[what] = digest(content)
-        write_json(folder / RECORD, {**self.origin, "frames": state, **digests})
+        record = {**self.origin, "frames": state, **digests}
+        write_json(folder / RECORD, record, compact=True)
 
     def _content(self, what: str, video: Video, objects: Objects) -> bytes:
         if what == "proposal":

@@ -5,7 +5,8 @@ from all of its object pixels together, each cell of 2 x 2 pixels gets the likel
 what is connected and of one class is a part, unless it is a speck inside another. Parts are linked
 whatever they read as: by where they are, how large they are and what they look like.
 
-Lengths and areas are in pixels of a frame FRAME_SIZE[0] high.
+Lengths and areas are in pixels of a frame FRAME_SIZE[0] high. The file is long for what is said
+between its lines of index arithmetic.
 """
 
 from typing import NamedTuple

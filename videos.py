@@ -5,7 +5,7 @@
     path/video_00007.mp4                             a clip; its masks go to video_00007/mask.npy
 
 Frames may also be called frame_0.png or 0.png, or be .jpg. Whether a video can be used is decided
-here alone, with one wording for each fault.
+here alone, with one wording for each fault: so finding, frames and masks are one long file.
 """
 
 import logging

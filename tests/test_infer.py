@@ -371,9 +371,9 @@ def test_resume_sees_what_another_run_wrote_in_between(
         other_run(path)
         return real[0](path)
 
-    def write_record(path, value):
+    def write_record(path, value, compact):
         other_run(path)
-        real[1](path, value)
+        real[1](path, value, compact=compact)
 
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "atomic_write", write)
