@@ -174,10 +174,11 @@ class Outputs:
             check_names(videos)
             for video in videos:
                 file = self.files(video)["proposal"]
-                if file.exists() and not self._wrote_proposals(video):
+                # A run that was killed before it wrote the record goes on with --resume.
+                if not self.resume and file.exists() and not self._wrote_proposals(video):
                     raise UserError(
                         f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
-                        "knows nothing of: give a folder of its own"
+                        "knows nothing of: give a folder of its own, or --resume a killed run"
                     )
         paths = {video.path.resolve() for video in videos}
         for video in videos:

@@ -412,6 +412,9 @@ def test_proposals_of_others_are_not_written_over(run, tmp_path, clip):
     assert status == 2
     assert "holds proposal_00007.json" in err
     assert foreign.read_text() == "as CLEVRER published it"
+    # As after a kill between a proposal and the record that knows of it.
+    assert run(*arguments, "--resume")[0] == 0
+    assert json.loads(foreign.read_text())["video_index"] == 7
 
 
 def test_a_run_without_masks_leaves_none_of_another_beside_its_table(run, tmp_path, clip):
