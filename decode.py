@@ -25,6 +25,7 @@ from utils import UserError, no_memory
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"  # as FFmpeg calls them
 SILENT_END = 0.5  # seconds that sound may go on after the last frame
+EDITED = 0.75  # frames between what an edit list leaves and the duration that it tells
 LONGER = 2**20  # frames that a header may claim: eleven hours
 MAX_PIXELS = 2**25  # of one frame, 7680 x 4320 and a little more: a larger one is a bomb
 MAX_RATIO = 16  # of its sides, unless both are below LONG: brought to the network's width, a sliver
@@ -189,7 +190,10 @@ def _check_end(
         raise UserError(f"{path}: no frame in it can be decoded, replace the file.")
     if count + discarded < stream.frames:
         raise UserError(f"{path}: ends after {count} of {stream.frames} frames, replace the file.")
-    if container.format.name == "gif":
+    if discarded:  # an edit list of so many frames leaves the others out; or a time is damaged
+        seconds, rate = (container.duration or 0) / 1e6, float(stream.average_rate or 0)
+        whole = abs(seconds * rate - count) < EDITED
+    elif container.format.name == "gif":
         whole = path.read_bytes().rstrip(b"\0").endswith(b";")
     elif stream.frames or last is None or not container.duration:
         return
@@ -223,7 +227,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # damaged files raise nearly anything
-        if no_memory(error):
+        if no_memory(error) and not isinstance(error, av.FFmpegError):  # which a header can claim
             raise
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = text.splitlines()[0]
