@@ -126,8 +126,10 @@ def child(job: dict[str, Any]) -> None:
 
 def main() -> None:
     """Answer one job a line."""
-    for script in ("train", "infer", "render", "preview", "evaluate"):
-        __import__(script)
+    # SciPy too, imported late: short of memory, its OpenBLAS would ask for more for ever.
+    libraries = "scipy.optimize", "scipy.sparse.csgraph"
+    for module in ("train", "infer", "render", "preview", "evaluate", *libraries):
+        __import__(module)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
