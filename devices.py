@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -127,6 +127,17 @@ def shared_threads(device: torch.device) -> Iterator[int]:
         yield workers
     finally:
         torch.set_num_threads(threads)
+
+
+def to_cpu(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one device on the CPU; this thread waits, while others launch."""
+    device = tensors[0].device
+    found = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if device.type != "cpu":
+        arrived = torch.Event(device)
+        arrived.record()
+        arrived.synchronize()
+    return found
 
 
 def in_threads(

@@ -10,46 +10,61 @@ that for thousands of videos, in worker threads, and writes what is found.
 """
 
 import contextlib
+import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from batches import choose_workers, worker_start
+from borders import fill_holes, sharpen
 from checkpoints import load_checkpoint
 from classes import FRAME_SIZE
+from content import WHOLE, Bars, Box, box_of, is_flat
 from dataset import CLEVRDataset
 from decode import read_frame
-from devices import Processes, compile_network, in_threads, mixed_precision, shared_threads
-from model import UNet, for_labelling
-from objects import Objects, by_frame, follow
+from details import Details, join, look_again, split
+from devices import (
+    Processes,
+    compile_network,
+    in_threads,
+    mixed_precision,
+    shared_threads,
+    to_cpu,
+)
+from model import Answer, UNet, for_labelling
+from objects import Objects, by_frame, follow, follow_none
 from outputs import Outputs
-from scale import USUAL_SCALE, Scale, fill, learned_size, outline, pack, resize
+from scale import USUAL_SCALE, Scale, View, fill, learned_size, resize
+from stills import are_stills, thumbnails
 from tracks import gather, occupied
 from utils import UserError
-from videos import Frame, Video, read_frames
+from videos import Frame, Video, read_frames, size_text
 
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
+HEAD = 16  # first frames of a video, by which it is told what squares were made of, and bars
 MAX_WORKERS = 16  # processes that decode for a GPU, at about 1,000 frames/s each
 
 
 class Seen(NamedTuple):
     """What the network sees in N frames, on the CPU; cells are 2 x 2 pixels of what it looks at."""
 
-    size: tuple[int, ...]  # the frames' own H and W
     objects: Tensor  # (N, h, w) bool, where there is an object
     evidence: Tensor  # (n, 13) logits of attributes of the cells that hold one, in order
-    outlines: Tensor | None = None  # packed: objects in the frames' own size, if that differs
+    ground: Tensor  # (N, h / 8, w / 8) half, as of `stills.thumbnails`
+    details: Details  # what finer looks tell
 
 
 class Labeller:
@@ -96,85 +111,169 @@ class Labeller:
 
         A video has the same labels whichever others come with it. `numbers` are those of the
         frames of each, from 0 by default.
-        """
-        frames = torch.cat(list(videos))
-        parts = math.ceil(len(frames) / self.at_once(frames.shape[2:]))
-        seen = [self.see(batch) for batch in frames.tensor_split(parts)]  # all about as large
-        return self.find_objects(seen, numbers or [range(len(video)) for video in videos])
 
-    def label_ahead(self, frames: Iterable[Frame], pool: Executor, ahead: int) -> Objects:
+        Raises:
+            UserError: the frames would be too large for the network.
+        """
+        numbers = numbers or [range(len(video)) for video in videos]
+        size = tuple(videos[0].shape[2:])
+        views = self.scale.views(*size)
+        if len(views) == 1 and all(box_of(video) == WHOLE for video in videos):
+            frames = torch.cat(list(videos))
+            parts = math.ceil(len(frames) / self.at_once(views[0]))
+            batches = frames.tensor_split(parts)  # all about as large
+            seen = [self.see(batch, WHOLE, views[0]) for batch in batches]
+            return self.find_objects(seen, numbers, WHOLE, views[0])
+
+        def read(v: int) -> Iterator[Frame]:
+            for pixels, number in zip(videos[v], numbers[v], strict=True):
+                yield Frame(pixels, number, None)
+
+        found = [self.label_ahead(partial(read, v)) for v in range(len(videos))]
+        return [video._replace(seconds=None) for video in found]
+
+    def label_ahead(
+        self, read: Callable[[], Iterable[Frame]], pool: Executor | None = None, ahead: int = 0
+    ) -> Objects:
         """Return the objects of one video, however long, whose frames are never held together.
 
         Args:
-            frames: Those of the video, read one after the other.
-            pool: Threads that let the network look at `ahead` batches of them at once.
+            read: Gives the frames of the video, one after the other; is called again where bars
+                turn out to be narrower than they were in its first frames.
+            pool: Threads that let the network look at `ahead` batches of them at once; None: this
+                one does.
             ahead: See there.
         """
-        seen: list[Seen] = []
-        waiting: deque[Future] = deque()
-        numbers, seconds, batch = [], [], []
+        bars = Bars()
+        while True:
+            frames = iter(read())
+            head = list(itertools.islice(frames, HEAD))
+            pixels = torch.stack([frame.pixels for frame in head])
+            bars.add(pixels)
+            box = bars.box
+            picture = box.cut(pixels)
+            view = self.choose(picture, self.scale.views(*picture.shape[2:]))
 
-        def look() -> None:
-            waiting.append(pool.submit(self.see, torch.stack(batch)))
-            batch.clear()
-            if len(waiting) > ahead:
-                seen.append(waiting.popleft().result())
+            seen: list[Seen] = []
+            waiting: deque[Future] = deque()
+            numbers, seconds = [], []
+            for batch in batched(itertools.chain(head, frames), self.at_once(view)):
+                pixels = torch.stack([frame.pixels for frame in batch])
+                numbers += [frame.number for frame in batch]
+                seconds += [frame.seconds for frame in batch]
+                bars.add(pixels)
+                if bars.box != box:
+                    break
+                if pool is None:
+                    seen.append(self.see(pixels, box, view))
+                    continue
+                waiting.append(pool.submit(self.see, pixels, box, view))
+                if len(waiting) > ahead:
+                    seen.append(waiting.popleft().result())
+            seen += [future.result() for future in waiting]
+            if bars.box == box:
+                (found,) = self.find_objects(seen, [numbers], box, view)
+                return found._replace(seconds=seconds)
 
-        for frame in frames:
-            numbers.append(frame.number)
-            seconds.append(frame.seconds)
-            batch.append(frame.pixels)
-            if len(batch) == self.at_once(frame.pixels.shape[1:]):
-                look()
-        if batch:
-            look()
-        seen += [future.result() for future in waiting]
-        return self.find_objects(seen, [numbers])[0]._replace(seconds=seconds)
+    def choose(self, frames: Tensor, views: list[View]) -> View:
+        """Return the view, of several, in which the network is surest of what frames show."""
+        if len(views) == 1:
+            return views[0]
+        frames = frames[~is_flat(frames)].to(self.device)
+        return max(views, key=lambda view: sureness(self.look(resize(frames, view.size))))
 
-    def at_once(self, size: Sequence[int]) -> int:
-        """Return how many frames of a height and width the network looks at together."""
-        looks = self.scale.looks(*size)
-        pixels = max(math.prod(size), math.prod(looks.fine or looks.coarse))
+    def at_once(self, view: View) -> int:
+        """Return how many frames the network looks at together."""
+        pixels = max(math.prod(view.size), math.prod(view.own) // 4)  # the latter as bytes
         most = MAX_ON_CPU if self.device.type == "cpu" else MAX_AT_ONCE
         return min(self.batch_size, max(1, most // pixels))
 
     @torch.inference_mode()
-    def find_objects(self, seen: list[Seen], numbers: Sequence[Sequence[int]]) -> list[Objects]:
-        """Return the objects of videos whose frames, of these numbers, were seen in this order."""
-        lengths = [len(video) for video in numbers]
-        size = seen[0].size
+    def find_objects(
+        self, seen: list[Seen], numbers: Sequence[Sequence[int]], box: Box, view: View
+    ) -> list[Objects]:
+        """Return the objects of videos whose frames, of these numbers, were seen in this order.
+
+        Args:
+            seen: Is emptied.
+            numbers: Those of the frames, of each video.
+            box: Where their picture is.
+            view: How it was looked at.
+        """
+        lengths, counts = [len(video) for video in numbers], [len(part.objects) for part in seen]
         objects = torch.cat([part.objects for part in seen]).split(lengths)
+        ground = torch.cat([part.ground for part in seen]).split(lengths)
         cells = [int(occupied(part).sum()) for part in objects]
         evidence = torch.cat([part.evidence for part in seen]).split(cells)
-        found = [self.find(*video) for video in zip(objects, evidence, numbers, strict=True)]
-        if seen[0].outlines is not None:  # labels are brought to the frames' own size
-            outlines = torch.cat([part.outlines for part in seen]).split(lengths)
-            seen.clear()
-            for v, (inside, edges) in enumerate(zip(objects, outlines, strict=True)):
-                found[v] = found[v]._replace(labels=fill(found[v].labels, inside, edges, size))
-        return [video._replace(numbers=list(of)) for video, of in zip(found, numbers, strict=True)]
+        pixels = math.prod(view.size)
+        details = join([part.details for part in seen], counts, pixels)
+        seen.clear()
+        found = []
+        for video in zip(
+            objects, evidence, ground, split(details, lengths, pixels), numbers, strict=True
+        ):
+            found.append(self.find_in_one(*video, box, view))
+        return found
+
+    def find_in_one(
+        self,
+        objects: Tensor,
+        evidence: Tensor,
+        ground: Tensor,
+        details: Details,
+        numbers: Sequence[int],
+        box: Box,
+        view: View,
+    ) -> Objects:
+        """Return the objects of one video: followed, in the size of its frames, and drawn well."""
+        remarks = [self.scale.describe(view)]
+        if not self.tracking:
+            found = by_frame(objects, evidence)
+        elif are_stills(ground, objects, evidence):
+            found = follow_none(objects, evidence)
+            remarks.append("its frames are pictures of different scenes, each is labelled alone")
+        else:
+            found = follow(objects, evidence)
+        labels = found.labels
+        if details.outlines is not None:
+            labels = fill(labels, objects, details.outlines, view.own)
+        if self.tracking:
+            labels = fill_holes(sharpen(labels, objects, evidence, details))
+        if box != WHOLE:
+            labels = F.pad(labels, box)
+            shown = f"{size_text(view.own)} of {size_text(labels.shape[1:])}"
+            remarks.append(
+                f"bars along the sides of its frames, which show {shown}, are background"
+            )
+        return found._replace(
+            labels=labels, numbers=list(numbers), remarks=list(filter(None, remarks))
+        )
 
     @torch.inference_mode()
-    def see(self, frames: Tensor) -> Seen:
-        """Let the network look at frames (N, 3, H, W), uint8."""
-        size = tuple(frames.shape[2:])
-        looks = self.scale.looks(*size)
-        frames = frames.to(self.device, non_blocking=True)  # bytes
+    def look(self, picture: Tensor) -> Answer:
+        """Return what the network says of pictures uint8 (N, 3, h, w), on its device."""
         with mixed_precision(self.device):
-            answers = self.model.answers(resize(frames, looks.coarse))
-            found = [*self.model.evidence(answers)]
-            if looks.coarse != size:
-                fine = looks.fine and self.model.answers(resize(frames, looks.fine))[-1].objectness
-                found.append(outline(answers[-1].objectness, fine, size))
-        found = [part.to("cpu", non_blocking=True) for part in found]
-        if self.device.type != "cpu":  # this thread waits, while others launch
-            arrived = torch.Event(self.device)
-            arrived.record()
-            arrived.synchronize()
-        objects, attributes, *outlines = found
-        outlines = [pack(part) for part in outlines]
+            return self.model.answers(picture)[-1]
+
+    @torch.inference_mode()
+    def see(self, frames: Tensor, box: Box, view: View) -> Seen:
+        """Let the network look at frames (N, 3, H, W), uint8, on the CPU, as far as `box` goes."""
+        frames = box.cut(frames)
+        flat = is_flat(frames)
+        frames = frames.to(self.device, non_blocking=True)  # bytes
+        picture = resize(frames, view.size)
+        answer = self.look(picture)
+        found = [*self.model.evidence([answer]), thumbnails(picture)]
+        if view.size != view.own:
+            found.append(answer.objectness)
+        objects, attributes, ground, *objectness = to_cpu(found)
+        objects[flat] = False
         evidence = gather(objects, attributes)
-        return Seen(size, objects, evidence.half() if self.tracking else evidence, *outlines)
+        evidence = evidence.half() if self.tracking else evidence
+        edges = objectness[0] if objectness else None
+        shown = frames if view.finer else picture
+        details = look_again(self.look, shown, objects, evidence, edges, view, self.tracking)
+        return Seen(objects, evidence, ground, details)
 
 
 class WholeVideo(NamedTuple):
@@ -235,20 +334,20 @@ def label_videos(
     def label(read: list[WholeVideo]) -> Done:
         whole, messages, frames, count = [v for v in read if not v.fault], [], [], 0
         faults = [video.fault for video in read if video.fault]
-        for size, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
+        for _, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
+            numbers = [video.video.numbers for video in group]
             try:
-                messages.append(labeller.scale.describe(*size))
+                found = labeller.label([video.frames for video in group], numbers)
             except UserError as error:
                 faults += [f"{video.video}: {error}" for video in group]
                 continue
-            numbers = [video.video.numbers for video in group]
-            found = labeller.label([video.frames for video in group], numbers)
             for video, objects in zip(group, found, strict=True):
                 outputs.save(video.video, objects, video.state)
+                messages += remarks(video.video, objects)
             frames.append(sum(len(video.frames) for video in group))
             count += len(group)
-        return Done(count, sum(frames), faults, list(filter(None, messages)))
+        return Done(count, sum(frames), faults, messages)
 
     def read_and_label(numbers: list[int]) -> Done:
         return label([videos[v] for v in numbers if not outputs.is_done(dataset.videos[v])])
@@ -259,23 +358,21 @@ def label_videos(
     def label_long(video: Video) -> Done:
         if outputs.is_done(video):
             return Done(0, 0, [], [])
-        state, messages = video.state(), []
+        state = video.state()
 
         def frames() -> Iterator[Frame]:
             for frame in read_frames(video):
                 if stop.is_set():
                     raise UserError("stopped")
-                if not messages:
-                    messages.append(labeller.scale.describe(*frame.pixels.shape[1:]))
                 yield frame
 
         try:
-            objects = labeller.label_ahead(frames(), pool, threads)
+            objects = labeller.label_ahead(frames, pool, threads)
         except UserError as error:
             named = str(error).startswith(str(video))
             return Done(0, 0, [str(error) if named else f"{video}: {error}"], [])
         outputs.save(video, objects, state)
-        return Done(1, len(objects.labels), [], list(filter(None, messages)))
+        return Done(1, len(objects.labels), [], remarks(video, objects))
 
     # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
     lengths, stop = [len(video.names) for video in dataset.videos], threading.Event()
@@ -297,6 +394,27 @@ def label_videos(
         else:
             yield from in_threads(read_and_label, batches, threads)
         yield from in_threads(label_long, long, threads, stop)
+
+
+def remarks(video: Video, objects: Objects) -> list[str]:
+    """Return what is to be said of a video: of its frames' form once for all videos of it."""
+    return [f"{video}: {text}" if text.startswith("its ") else text for text in objects.remarks]
+
+
+def sureness(answer: Answer) -> float:
+    """Return how sure a network is of the objects that it sees, the mean of their pixels' logits.
+
+    Of rendered squares it tells 94 % rightly apart: those that were squeezed, and cut ones.
+    """
+    objectness = answer.objectness.float()
+    return float(objectness[objectness > 0].mean()) if (objectness > 0).any() else 0.0
+
+
+def batched(items: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """Yield lists of `count` consecutive items; the last may have fewer."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, count)):
+        yield batch
 
 
 def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:

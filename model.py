@@ -96,8 +96,8 @@ class Head(nn.Conv2d):
         parts = zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
         objectness, attributes = (F.conv2d(x, weight, bias) for weight, bias in parts)
         if coarse:
-            objectness = objectness + _double(coarse.objectness)
-            attributes = attributes + _double(coarse.attributes)
+            objectness = objectness.add_(_double(coarse.objectness))
+            attributes = attributes.add_(_double(coarse.attributes))
         if self.pixels > 1:
             objectness = F.pixel_shuffle(objectness, FOLD)
         return Answer(objectness, attributes)
@@ -202,7 +202,7 @@ class UNet(nn.Module):
         answers: list[Answer] = []
         answer, cell = None, self.multiple  # pixels that a cell is wide
         for up, layer, head in zip(self.up, self.decoder, self.heads, strict=True):
-            x = layer(up(x) + skips.pop())  # 96 channels at H/8, 48 at H/4, 32 at H/2
+            x = layer(up(x).add_(skips.pop()))  # 96 channels at H/8, 48 at H/4, 32 at H/2
             answer, cell = head(x, answer), cell // 2
             pixel = 1 if head.pixels > 1 else cell
             objectness = _cut(answer.objectness, height, width, pixel)
@@ -219,13 +219,18 @@ class UNet(nn.Module):
         Returns:
             (B, 16, H/2, W/2) channels_last, in the precision of the weights.
         """
-        pixels = 4 * (frames if frames.is_floating_point() else frames / 255) - 1.8
-        below, right = (-side % self.multiple for side in frames.shape[-2:])
-        pixels = F.pad(pixels, (0, right, 0, below), mode="replicate")
-        grey = pixels.sum(dim=1, keepdim=True) * (2 / 3)
-        contrast = grey - _repeat(_local_mean(grey), grey)
-        x = torch.cat((pixels, contrast), dim=1).to(self.heads[-1].weight.dtype)  # (B, 4, H, W)
-        return F.pixel_unshuffle(x, FOLD).contiguous(memory_format=torch.channels_last)
+        frames = _fill_up(frames, self.multiple)
+        # As pixel_unshuffle does it, which takes a CPU six times as long for bytes.
+        parts = [frames[..., i::FOLD, j::FOLD] for i in range(FOLD) for j in range(FOLD)]
+        pixels = torch.stack(parts, dim=2).flatten(1, 2)  # (B, 12, H/2, W/2), colour by colour
+        # In place, here and below: fresh memory costs a CPU as much as the sums.
+        pixels = (pixels * (4 if pixels.is_floating_point() else 4 / 255)).sub_(1.8)
+        red, green, blue = pixels.split(FOLD**2, dim=1)
+        grey = (red + green).add_(blue).mul_(2 / 3)  # (B, 4, H/2, W/2)
+        contrast = grey.sub_(_local_mean(grey))
+        dtype = self.heads[-1].weight.dtype
+        x = torch.cat((pixels.to(dtype), contrast.to(dtype)), dim=1)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def loss(self, answers: list[Answer], mask: Tensor) -> Tensor:
         """Return the loss (a scalar) of what `answers` says of frames with the ids (B, H, W)."""
@@ -275,15 +280,23 @@ def for_labelling(model: nn.Module, device: torch.device) -> nn.Module:
     return model.bfloat16() if has_bfloat16(device) else model
 
 
+def _fill_up(frames: Tensor, multiple: int) -> Tensor:
+    """Return frames whose last row and column are repeated up to multiples of some pixels."""
+    below, right = (-side % multiple for side in frames.shape[-2:])
+    frames = torch.cat((frames, frames[..., -1:].expand(-1, -1, -1, right)), dim=-1)
+    return torch.cat((frames, frames[..., -1:, :].expand(-1, -1, below, -1)), dim=-2)
+
+
 def _local_mean(grey: Tensor) -> Tensor:
-    """Return of (B, 1, H, W) the mean around each cell, over the cells that are in the frame."""
+    """Return of (B, 4, h, w) the mean around each cell, over the cells that are in the frame.
+
+    A cell has FOLD x FOLD pixels, which are its channels; the result is (B, 1, h, w).
+    """
     padding = CONTRAST_CELLS // 2
+    cells = sum(grey.split(1, dim=1)) / FOLD**2
     if grey.device.type != "cpu":  # few launches
-        cells = F.avg_pool2d(grey, FOLD)
         return F.avg_pool2d(cells, CONTRAST_CELLS, 1, padding, count_include_pad=False)
     # Sums of slices, a few megabytes each, take a tenth of the time of average pooling.
-    cells = sum(grey[..., i::FOLD, :] for i in range(FOLD))
-    cells = sum(cells[..., i::FOLD] for i in range(FOLD)) / FOLD**2  # (B, 1, H/2, W/2)
     ends = [*range(1 - CONTRAST_CELLS, 0), None]  # of slices that all have the size of `cells`
     for across in (False, True):
         margin = (padding, padding, 0, 0) if across else (0, 0, padding, padding)

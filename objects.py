@@ -5,7 +5,8 @@
 1. Parts: connected pixels of one frame that read alike (tracks.py).
 2. Tracks: parts linked from frame to frame where they are surely one thing (tracks.py).
 3. Classes: the evidence along each track is summed, and all tracks of the video get their classes
-   together: those seen at one time differ, unless they fit into one object; the fewer the better.
+   together: those seen at one time differ, unless they fit into one object, or both are surely of
+   one class; the fewer the better.
 
 As no two objects of a video share a class, tracks of one class are one object, which so keeps its
 number where it is hidden for a while. `by_frame` labels each frame by itself instead.
@@ -32,8 +33,7 @@ HALF_SEEN = 60.0  # pixels of a part at which its evidence counts half
 EDGE_WEIGHT = 0.5  # of the evidence of a part that the frame cuts off ...
 EDGE_SHAPE = 0.4  # ... and once more of that of its shape: what is cut straight reads as a cube
 UNRELIABLE = 15.0  # pixels x frames at which a third of all readings are taken as chance
-SPEED = 22.0  # pixels a frame; faster means another object ...
-SPEEDING = 0.3  # ... by so many nats for each pixel a frame above
+SURE = 0.8
 DROP_PIXELS = 40  # a track that never shows more may be dropped ...
 DROP = 0.7  # ... where its likeliest class has a probability below exp(-0.7), one half
 SWEEPS = 6  # of improvement, at most
@@ -44,25 +44,25 @@ class Objects(NamedTuple):
     """The objects of one video."""
 
     labels: Tensor  # (T, H, W) uint8, ids 0..48
-    confidence: dict[int, float]  # by class id: how likely the object is of that class, 0..1
+    confidence: dict[int, float]  # by class id, 0..1: how sure what is seen of it is of that class
     numbers: Sequence[int] | None = None  # (T,) those of the frames; None: from 0
     seconds: Sequence[float | None] | None = None  # (T,) of a clip, since its start
+    remarks: Sequence[str] = ()  # what was done to its frames, for people to read
 
 
-def follow(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = None) -> Objects:
+def follow(objects: Tensor, evidence: Tensor) -> Objects:
     """Label the object pixels of one video, each object with one class.
 
     Args:
         objects: (T, H, W) bool, where there is an object.
         evidence: (n, 13), for each cell of 2 x 2 pixels that holds such a pixel, in order, the
             logits of 3 shapes, 2 materials and 8 colours: `tracks.gather`.
-        numbers: (T,) those of the frames, which may leave some out; None: from 0.
 
     Returns:
         The labels; background where there is no object, and where a track never shows more than
-        DROP_PIXELS pixels, fits no other object of the video and has no likely class of its own:
-        on rendered videos 0.02 % of the object pixels, nearly all of objects of which only a
-        sliver is ever seen; on the real ones that we have, none.
+        DROP_PIXELS pixels and is seen whole, or fits no other object of the video and has no
+        likely class of its own: on rendered videos 0.02 % of the object pixels, nearly all of
+        objects of which only a sliver is ever seen; on the real ones that we have, none.
     """
     labels = np.zeros(tuple(objects.shape), np.uint8)
     if not len(evidence):
@@ -70,13 +70,27 @@ def follow(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = No
     inside = objects.cpu().numpy()
     parts, part = parts_of(inside, evidence)
     track = link(parts, len(labels))
-    time = parts.frame if numbers is None else np.asarray(numbers)[parts.frame]
-    kinds, confidence = classify(parts, track, time)
+    kinds, confidence = classify(parts, track)
     labels[inside] = (kinds[track] + 1).astype(np.uint8)[part]
     return Objects(torch.from_numpy(labels), confidence)
 
 
-def by_frame(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = None) -> Objects:
+def follow_none(objects: Tensor, evidence: Tensor) -> Objects:
+    """Label pictures that are of different scenes, each as `follow` does a video of one frame.
+
+    The confidence in a class is the least that any picture has in it.
+    """
+    labels, confidence = torch.zeros(objects.shape, dtype=torch.uint8), {}
+    counts = occupied(objects).flatten(1).sum(dim=1).tolist()
+    for t, part in enumerate(evidence.split(counts)):
+        found = follow(objects[t : t + 1], part)
+        labels[t] = found.labels[0]
+        for kind, sure in found.confidence.items():
+            confidence[kind] = min(sure, confidence.get(kind, 1.0))
+    return Objects(labels, confidence)
+
+
+def by_frame(objects: Tensor, evidence: Tensor) -> Objects:
     """Label each pixel as the network reads its frame alone; arguments as of `follow`.
 
     Nothing is known of objects then, so there is no confidence.
@@ -90,12 +104,11 @@ def by_frame(objects: Tensor, evidence: Tensor, numbers: Sequence[int] | None = 
     return Objects(pixels * objects, {})
 
 
-def classify(
-    parts: Parts, track: np.ndarray, time: np.ndarray
-) -> tuple[np.ndarray, dict[int, float]]:
+def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, float]]:
     """Return the kind of each track, 0..47 or -1 if it is dropped, and confidence by class id.
 
-    `time` (p,) is when each part is seen, in frames.
+    Where a track was seen says nothing of its class: however far an object moves between two
+    frames, what is of its class is that object.
     """
     # What each part says counts by how much of it is seen.
     weight = parts.pixels / (parts.pixels + HALF_SEEN)
@@ -118,15 +131,31 @@ def classify(
     cost = -np.log((1 - chance[:, None]) * p + chance[:, None] / NUM_KINDS)
     drop = np.where(most <= DROP_PIXELS, NEW_CLASS + DROP, np.inf)
 
+    # What nothing hides and is smaller than any object is none.
+    free = parts.free()
+    partly = np.zeros(count, bool)
+    partly[track[~free]] = True
+    drop[~partly & (most <= DROP_PIXELS)] = -1  # less than any cost
+
+    # Two that are seen whole and surely of one class are two of it, and no conflict. In a video
+    # each is free sooner or later; of what touches another in the only frame we believe it.
+    whole = np.zeros(count, bool)
+    whole[track[free if np.ptp(parts.frame) else ~parts.at_edge]] = True
+    best, sure = cost.argmin(axis=1), whole & (cost.min(axis=1) <= -np.log(SURE))
+    twins = (best[:, None] == best) & sure[:, None] & sure
+    pairs = np.where(twins, 0, conflict_cost(parts, track))
+
     order = np.argsort(-seen * most, kind="stable")
-    pairs = conflict_cost(parts, track) + speed_cost(parts, track, time)
     assignment = Assignment(cost, drop, pairs, order)
     assignment.improve()
-    confidence: dict[int, float] = {}
-    for k in order.tolist():
-        if assignment.kind[k] >= 0:
-            confidence.setdefault(int(assignment.kind[k]) + 1, assignment.probability(k))
-    return assignment.kind, confidence
+    # An object is as sure of its class as its tracks are by themselves, each by its pixels.
+    kind, pixels = assignment.kind, np.bincount(track, parts.pixels)
+    own = np.exp(-cost[np.arange(count), kind])
+    confidence = {
+        int(k) + 1: float(np.average(own[kind == k], weights=pixels[kind == k]))
+        for k in np.unique(kind[kind >= 0])
+    }
+    return kind, confidence
 
 
 def conflict_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
@@ -157,21 +186,6 @@ def conflict_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
     count = track.max() + 1
     result = np.bincount(track[a] * count + track[b], against, count**2).reshape(count, count)
     return result + result.T
-
-
-def speed_cost(parts: Parts, track: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Return what speaks against tracks k and l being one object that moved in between, (k, l)."""
-    # The first and the last part of each track.
-    order = np.lexsort((time, track))
-    starts = np.flatnonzero(np.diff(track[order], prepend=-1))
-    first, last = order[starts], order[np.append(starts[1:], len(order)) - 1]
-
-    # From the end of track k to the beginning of a later track l.
-    frames = time[first] - time[last, None]
-    moved = parts.span[first, :, 2] - parts.span[last, None, :, 2]
-    speed = np.hypot(moved[..., 0], moved[..., 1]) / np.maximum(frames, 1)
-    cost = np.where(frames > 0, SPEEDING * np.maximum(speed - SPEED, 0), 0)
-    return cost + cost.T
 
 
 class Assignment:
@@ -240,11 +254,3 @@ class Assignment:
             for i, kind in zip(tracks, before.tolist(), strict=True):
                 self.assign(i, kind)
         self.descend(self.order)
-
-    def probability(self, k: int) -> float:
-        """Return how likely track k is of its kind, given those of the others."""
-        kind = self.kind[k]
-        self.assign(k, -1)
-        costs = self.costs(k)
-        self.assign(k, kind)
-        return float(1 / np.exp(costs[kind] - costs).sum())

@@ -2,8 +2,8 @@
 
 An object is as many pixels wide as the frame's width makes it (Blender's focal length follows the
 width), so frames as wide as those of training are seen as they are, others first resized. Objects
-are found at that scale. The edges of larger frames are looked at once more, at up to FINEST
-times the scale, and every pixel of the frame has the class of the object next to it.
+are found at that scale; every pixel of the frame has the class of the object next to it. Squares
+are no form of these frames: they were squeezed, or cut out, and are read as the one or the other.
 """
 
 import argparse
@@ -23,19 +23,34 @@ from videos import size_text
 
 SAME = 0.02  # of the width: so little is nothing to an object
 MOST = 16.0  # times larger or smaller
-FINEST = 2.0  # times the learned scale; beyond, the network misses what fills its view
-COARSE_SHARE = 0.5  # of the evidence at the learned scale, where edges have been seen finer
+SQUARE = 0.05  # of the height, that the width of a square differs from it
+SQUEEZED, CUT = "squeezed to a square", "cut to a square"
 REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
 FRAMES_AT_ONCE = 64  # whose labels are brought to their own size
 NO_OBJECT = 255  # where no object is; 0 is one that was dropped
 
 
-class Looks(NamedTuple):
-    """The heights and widths at which the network looks at frames."""
+class View(NamedTuple):
+    """How the network looks at a picture, which is a frame or what lies within its bars."""
 
-    coarse: tuple[int, int]  # at which objects are told apart; may be the frames' own
-    fine: tuple[int, int] | None  # at which the edges of larger frames are looked at once more
+    size: tuple[int, int]  # height and width at which it tells objects apart
+    own: tuple[int, int]  # those of the picture
+    reading: str = ""  # of a square, what it was made of: SQUEEZED or CUT
+
+    @property
+    def finer(self) -> bool:
+        """Whether the picture is larger than what is looked at, so that edges can be seen finer."""
+        return any(own > size for own, size in zip(self.own, self.size, strict=True))
+
+    def describe(self, why: str) -> str:
+        """Say what is done to frames that are looked at so; "" if nothing is."""
+        if self.size == self.own:
+            return ""
+        read = f" as frames that were {self.reading}" if self.reading else ""
+        finer = ", edges are looked at once more, finer" if self.finer else ""
+        frames = f"frames of {size_text(self.own)}"
+        return f"{frames} are brought to {size_text(self.size)}{read}, {why}{finer}"
 
 
 class Scale(NamedTuple):
@@ -49,40 +64,39 @@ class Scale(NamedTuple):
     learned: tuple[int, int] = FRAME_SIZE
     factor: float | None = None
 
-    def looks(self, height: int, width: int) -> Looks:
-        """Return at which sizes the network looks at frames of this size.
+    def views(self, height: int, width: int) -> list[View]:
+        """Return how the network may look at pictures of this size: in one way, or two of squares.
+
+        A square is a frame of the learned form that was squeezed, or what was cut out of one.
 
         Raises:
             UserError: there is no memory for it.
         """
-        factor = self.factor
+        own, factor = (height, width), self.factor
         if factor is None:
+            if is_square(height, width) and not is_square(*self.learned):
+                cut = round(self.learned[0] * width / height)
+                return [View(self.learned, own, SQUEEZED), View((self.learned[0], cut), own, CUT)]
             factor = min(max(self.learned[1] / width, 1 / MOST), MOST)
             if abs(factor - 1) <= SAME:
                 factor = 1.0
-        sizes = [
-            (max(1, round(height * f)), max(1, round(width * f)))
-            for f in (factor, min(1.0, FINEST * factor))
-        ]
-        largest = max(sizes) if factor < 1 else sizes[0]
-        if math.prod(largest) > max(MAX_PIXELS, height * width):
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        if math.prod(size) > max(MAX_PIXELS, height * width):
             raise UserError(
-                f"frames of {size_text((height, width))} would be {size_text(largest)} for the "
+                f"frames of {size_text(own)} would be {size_text(size)} for the "
                 "network, which is too large: give a smaller --scale"
             )
-        return Looks(sizes[0], sizes[1] if factor < 1 and sizes[0] != (height, width) else None)
+        return [View(size, own)]
 
-    def describe(self, height: int, width: int) -> str:
-        """Say what is done to frames of this size; "" if nothing is."""
-        coarse, fine = self.looks(height, width)
-        if coarse == (height, width):
-            return ""
+    def describe(self, view: View) -> str:
+        """Say what is done to frames that are looked at so; "" if nothing is."""
         why = "the scale that the network learned (--scale 1: as they are)"
-        if self.factor is not None:
-            why = f"as --scale {self.factor:g} says"
-        edges = f", edges are also looked at in {size_text(fine)}" if fine else ""
-        frames = f"frames of {size_text((height, width))}"
-        return f"{frames} are brought to {size_text(coarse)}, {why}{edges}"
+        return view.describe(why if self.factor is None else f"as --scale {self.factor:g} says")
+
+
+def is_square(height: int, width: int) -> bool:
+    """Return whether a frame is a square, or nearly."""
+    return abs(width / height - 1) <= SQUARE
 
 
 USUAL_SCALE, AS_THEY_ARE = Scale(), Scale(factor=1.0)
@@ -117,6 +131,8 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Return uint8 frames (B, 3, H, W) in another size (height, width), without aliasing."""
     if frames.shape[-2:] == size:
         return frames
+    if frames.device.type == "cpu":  # bytes, in a third of the time
+        return F.interpolate(frames, size, mode="bilinear", antialias=True)
     parts = frames.split(max(1, AT_ONCE // max(frames[0, 0].numel(), size[0] * size[1])))
     return torch.cat(
         [
@@ -124,31 +140,6 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
             for part in parts
         ]
     )
-
-
-def outline(coarse: Tensor, fine: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Return where there is an object in frames of their own size, (B, H, W) bool.
-
-    Logits are interpolated, so that the edge is as smooth as what the network knows of it. A finer
-    look moves an edge by about a pixel of the learned scale at most: what the network says of
-    objects that are larger than those it learned is right at edges, but may be wrong within.
-
-    Args:
-        coarse: (B, 1, h, w) logits of "object" at the learned scale.
-        fine: The same at a finer one, or None.
-        size: The frames' H and W.
-    """
-
-    def enlarge(logits: Tensor) -> Tensor:
-        return F.interpolate(logits.float(), size, mode="bilinear")[:, 0]
-
-    coarse = coarse.float()
-    evidence = enlarge(coarse)
-    if fine is None:
-        return evidence > 0
-    surely = enlarge(-F.max_pool2d(-coarse, 3, 1, 1)) > 0  # within what is an object all around
-    maybe = enlarge(F.max_pool2d(coarse, 3, 1, 1)) > 0
-    return surely | (maybe & (enlarge(fine) + COARSE_SHARE * evidence > 0))
 
 
 def pack(outlines: Tensor) -> Tensor:

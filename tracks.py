@@ -70,6 +70,12 @@ class Parts(NamedTuple):
     evidence: np.ndarray  # (p, 13) mean log-probabilities
     touching: np.ndarray  # sorted p * a + b of all parts a and b that touch, both ways
 
+    def free(self) -> np.ndarray:
+        """Return which parts nothing can hide any of: no edge, no other part, (p,) bool."""
+        free = ~self.at_edge
+        free[self.touching // len(free)] = False
+        return free
+
 
 def occupied(objects: Tensor) -> Tensor:
     """Return which cells of 2 x 2 pixels hold an object, (T, h, w), for objects (T, H, W), bool."""
@@ -343,8 +349,7 @@ class _Linker:
         self.tracks = 0
         roots = np.exp(parts.evidence / 2)  # of probabilities
         self.looks = np.split(roots, np.cumsum(FACTOR_SIZES)[:-1], axis=1)
-        self.free = ~parts.at_edge  # nothing hides any of it
-        self.free[parts.touching // count] = False
+        self.free = parts.free()
 
     def step(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
         """Give the parts `now` their tracks, and return those to go on from: all but patches.

@@ -1,0 +1,56 @@
+"""Pictures of unrelated scenes that lie in one folder like the frames of a video.
+
+In a video a fixed camera sees the same ground, and mostly the same objects, however few frames are
+kept of it. Two consecutive frames are of different scenes if neither agrees, or if they have no
+kind of object in common at all: scenes may share camera and lamps.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from classes import FACTOR_SIZES, NUM_CLASSES, from_factors
+from tracks import occupied
+
+BLOCK = 8  # pixels each way that the ground is averaged over: noise matters little then
+CELLS = 8  # of 2 x 2 pixels that a kind of object has at least to count
+KINDS = 2  # of object, at least, in each of two frames that are compared
+IN_COMMON = 0.5  # of the kinds of the frame with fewer; less is another scene ...
+GROUND = 0.5  # ... if the ground differs by more grey levels too, the median over all blocks
+
+
+def thumbnails(frames: Tensor) -> Tensor:
+    """Return the green of frames (N, 3, H, W), uint8, averaged over blocks: half (N, h, w)."""
+    rows = frames[:, 1:2, ::2].float()  # every other one: as good, in half the time
+    return F.avg_pool2d(rows, (BLOCK // 2, BLOCK))[:, 0].half()
+
+
+def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
+    """Return whether most frames of a video are of another scene than the one before.
+
+    Args:
+        ground: (T, h, w), its `thumbnails`.
+        objects: (T, H, W) bool, where there is an object.
+        evidence: (n, 13) logits of the cells of 2 x 2 pixels that hold one, in order.
+    """
+    if len(objects) < 2:
+        return False
+    cells = occupied(objects)
+    frame = torch.nonzero(cells)[:, 0]
+    kind = from_factors(*(logits.argmax(dim=1) for logits in evidence.split(FACTOR_SIZES, dim=1)))
+    count = torch.bincount(frame * NUM_CLASSES + kind, minlength=len(objects) * NUM_CLASSES)
+    there = count.view(-1, NUM_CLASSES).numpy() >= CELLS
+    fewer = np.minimum(there[1:].sum(axis=1), there[:-1].sum(axis=1))
+    shared = (there[1:] & there[:-1]).sum(axis=1)
+    compared = fewer >= KINDS
+    differ = compared & (shared < IN_COMMON * fewer)
+    if 2 * differ.sum() <= compared.sum():  # nearly always
+        return False
+    busy = F.max_pool2d(objects[:, None].float(), BLOCK)[:, 0].numpy() > 0
+    ground = ground.float().numpy()
+    for t in np.flatnonzero(differ & (shared > 0)):
+        free = ~(busy[t] | busy[t + 1])
+        moved = np.abs(ground[t + 1] - ground[t])[free]
+        differ[t] = len(moved) == 0 or np.median(moved) > GROUND
+    return 2 * int(differ.sum()) > int(compared.sum())
