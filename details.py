@@ -93,27 +93,29 @@ def look_again(
     if groups:
         picture = resize(picture, groups[0].picture)
     answers = [answer_windows(network, picture, windows) for windows in groups]
+    if answers:  # all that is looked at is waited for once
+        found = to_cpu([part for answer in answers for part in answer])
+        answers = [Answer(*found[n : n + 2]) for n in range(0, len(found), 2)]
 
     outlines = None
     if objectness is not None:
         if view.finer:
-            outlines = edges(objectness, groups, [fine for fine, _ in answers], view.own)
+            outlines = edges(objectness, groups, [part.objectness for part in answers], view.own)
         else:
             outlines = F.interpolate(objectness.float(), view.own, mode="bilinear")[:, 0] > 0
         outlines = pack(outlines)
-    told = [attributes for _, attributes in answers]
+    told = [part.attributes for part in answers]
+    if scale == 1:  # cells are as wide as those of the first look
+        told = [F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in told]
     return Details(outlines, *evidence_at(cells, groups, told, tuple(objects.shape)))
 
 
 def answer_windows(
     network: Callable[[Tensor], Answer], picture: Tensor, windows: Windows
-) -> tuple[Tensor, Tensor]:
-    """Return the answers to n windows of pictures uint8 (N, 3, H, W), on the CPU.
+) -> Answer:
+    """Return the answer to n windows of pictures uint8 (N, 3, H, W), on their device.
 
     They are looked at in full batches; the last is filled up with its last window.
-
-    Returns:
-        Objectness (n, S, S), and attributes by pixels of the first look, (n, 13, s, s).
     """
     height, width = windows.sides
     shown = [picture[n, :, y : y + height, x : x + width] for n, y, x in windows.corners()]
@@ -121,10 +123,7 @@ def answer_windows(
     shown += shown[-1:] * (-count % full)
     batches = (torch.stack(shown[start : start + full]) for start in range(0, count, full))
     parts = zip(*(network(batch) for batch in batches), strict=True)
-    objectness, attributes = to_cpu([torch.cat(part)[:count] for part in parts])
-    if windows.scale == 1:  # its cells are as wide as those of the first look
-        attributes = F.interpolate(attributes.float(), scale_factor=CELL, mode="bilinear")
-    return objectness[:, 0], attributes
+    return Answer(*(torch.cat(part)[:count] for part in parts))
 
 
 def join(parts: list[Details], frames: Sequence[int], pixels: int) -> Details:
@@ -262,7 +261,7 @@ def edges(
     Args:
         coarse: (N, 1, h, w) objectness of the first look, on the CPU.
         groups: Windows, which cover all objects.
-        fine: Their objectness, (n, S, S) each.
+        fine: Their objectness, (n, 1, S, S) each.
         own: Height and width of the pictures.
     """
     coarse, margin = coarse.float(), 1
@@ -282,7 +281,7 @@ def edges(
 
         first = F.interpolate(shown(coarse, 2 * margin), scale_factor=FINER, mode="bilinear")
         edge = margin * FINER
-        logits = logits.float() + FIRST_SHARE * first[:, 0, edge:-edge, edge:-edge]
+        logits = logits[:, 0].float() + FIRST_SHARE * first[:, 0, edge:-edge, edge:-edge]
         inside, near = (
             F.interpolate(shown(maps).byte(), scale_factor=FINER)[:, 0].bool()
             for maps in (surely, maybe)

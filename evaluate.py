@@ -6,8 +6,9 @@
 Every labelled video below --data is compared with the mask.npy at the same relative path below
 --pred. miou is over all videos together, from one integer confusion matrix; video_miou is the mean
 of each video's own. pq, sq and rq are panoptic quality over segments, a segment being a class in a
-frame. A ghost is a class that is predicted in a video and not there; a class is lost that is there
-and of which more than half is found in no frame.
+frame. border_accuracy is the share of right pixels among those beside another object. A ghost is a
+class that is predicted in a video and not there; a class is lost that is there and of which more
+than half is found in no frame.
 """
 
 import shlex
@@ -22,6 +23,7 @@ from classes import NUM_CLASSES
 from files import write_json
 from metrics import (
     Segments,
+    borders,
     count_segments,
     frame_confusions,
     mean_iou,
@@ -43,7 +45,7 @@ class Tally:
         self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
         self.last_frames = torch.zeros_like(self.confusion)
         self.segments = Segments(0, 0, 0, 0.0)
-        self.frames = 0
+        self.frames = self.at_borders = self.right_at_borders = 0
         self.videos: list[dict[str, Any]] = []
 
     def add(self, name: str, truth: Tensor, mask: Tensor) -> None:
@@ -53,6 +55,9 @@ class Tally:
         self.last_frames += confusions[-1]
         self.segments += count_segments(confusions)
         self.frames += len(truth)
+        beside = borders(truth)
+        self.at_borders += int(beside.sum())
+        self.right_at_borders += int((truth == mask)[beside].sum())
         self.videos.append({"video": name, **video_figures(confusions)})
 
     def figures(self) -> dict[str, Any]:
@@ -65,6 +70,7 @@ class Tally:
             "last_frame_miou": mean_iou(self.last_frames),
             "video_miou": sum(video["miou"] for video in self.videos) / len(self.videos),
             **panoptic_quality(self.segments),
+            "border_accuracy": self.right_at_borders / self.at_borders if self.at_borders else None,
             **{what: self.named(what) for what in ("ghosts", "lost")},
             "worst_videos": [{key: video[key] for key in ("video", "miou")} for video in worst],
         }
@@ -154,6 +160,7 @@ def report(result: dict[str, Any]) -> str:
         f"video mIoU       {_figure(result['video_miou']).strip()}",
         f"weighted IoU     {_figure(result['weighted_iou']).strip()}",
         "PQ = SQ x RQ     " + " ".join(_figure(result[key]).strip() for key in ("pq", "sq", "rq")),
+        f"border accuracy  {_figure(result['border_accuracy']).strip()}",
         f"foreground IoU   {_figure(result['foreground_iou']).strip()}",
         f"last frame mIoU  {_figure(result['last_frame_miou']).strip()}",
     ]

@@ -253,7 +253,7 @@ class Labeller:
     def look(self, picture: Tensor) -> Answer:
         """Return what the network says of pictures uint8 (N, 3, h, w), on its device."""
         with mixed_precision(self.device):
-            return self.model.answers(picture)[-1]
+            return self.model.evidence(self.model.answers(picture))
 
     @torch.inference_mode()
     def see(self, frames: Tensor, box: Box, view: View) -> Seen:
@@ -263,7 +263,7 @@ class Labeller:
         frames = frames.to(self.device, non_blocking=True)  # bytes
         picture = resize(frames, view.size)
         answer = self.look(picture)
-        found = [*self.model.evidence([answer]), thumbnails(picture)]
+        found = [answer.objectness[:, 0] > 0, answer.attributes, thumbnails(picture)]
         if view.size != view.own:
             found.append(answer.objectness)
         objects, attributes, ground, *objectness = to_cpu(found)

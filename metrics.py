@@ -153,6 +153,21 @@ def panoptic_quality(segments: Segments) -> dict[str, float | None]:
     }
 
 
+def borders(labels: Tensor) -> Tensor:
+    """Return which pixels of (T, H, W) ids lie beside another object, up, down, left or right.
+
+    (T, H, W) bool: where two objects meet, one pixel on each side.
+    """
+    found = torch.zeros(labels.shape, dtype=torch.bool)
+    for axis in (1, 2):
+        length = labels.shape[axis] - 1
+        here, next_one = (labels.narrow(axis, start, length) for start in (0, 1))
+        meet = (here != next_one) & (here > 0) & (next_one > 0)
+        for start in (0, 1):
+            found.narrow(axis, start, length).logical_or_(meet)
+    return found
+
+
 def ghosts(confusions: Tensor) -> list[str]:
     """Return the classes that are predicted in a video but have no true pixel there, by name."""
     total = confusions.sum(0)

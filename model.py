@@ -224,9 +224,8 @@ class UNet(nn.Module):
         parts = [frames[..., i::FOLD, j::FOLD] for i in range(FOLD) for j in range(FOLD)]
         pixels = torch.stack(parts, dim=2).flatten(1, 2)  # (B, 12, H/2, W/2), colour by colour
         # In place, here and below: fresh memory costs a CPU as much as the sums.
-        pixels = (pixels * (4 if pixels.is_floating_point() else 4 / 255)).sub_(1.8)
-        red, green, blue = pixels.split(FOLD**2, dim=1)
-        grey = (red + green).add_(blue).mul_(2 / 3)  # (B, 4, H/2, W/2)
+        pixels = (4 * pixels if pixels.is_floating_point() else (pixels / 255).mul_(4)).sub_(1.8)
+        grey = pixels.unflatten(1, (3, -1)).sum(dim=1).mul_(2 / 3)  # (B, 4, H/2, W/2)
         contrast = grey.sub_(_local_mean(grey))
         dtype = self.heads[-1].weight.dtype
         x = torch.cat((pixels.to(dtype), contrast.to(dtype)), dim=1)
@@ -247,15 +246,9 @@ class UNet(nn.Module):
         ids = from_factors(*best)[:, None].to(torch.uint8)  # (B, 1, H/2, W/2)
         return (_repeat(ids, objectness) * (objectness > 0))[:, 0]
 
-    def evidence(self, answers: list[Answer]) -> tuple[Tensor, Tensor]:
-        """Return where objects are, and what speaks for each kind of object.
-
-        Returns:
-            (B, H, W) bool, where `labels` sees an object, and (B, 13, h, w), of each cell of
-            FOLD x FOLD pixels the logits of 3 shapes, 2 materials and 8 colours.
-        """
-        objectness, attributes = answers[-1]
-        return objectness[:, 0] > 0, attributes
+    def evidence(self, answers: list[Answer]) -> Answer:
+        """Return the finest answer: `labels` sees an object where its objectness is above 0."""
+        return answers[-1]
 
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:
@@ -293,10 +286,11 @@ def _local_mean(grey: Tensor) -> Tensor:
     A cell has FOLD x FOLD pixels, which are its channels; the result is (B, 1, h, w).
     """
     padding = CONTRAST_CELLS // 2
-    cells = sum(grey.split(1, dim=1)) / FOLD**2
     if grey.device.type != "cpu":  # few launches
+        cells = grey.mean(dim=1, keepdim=True)
         return F.avg_pool2d(cells, CONTRAST_CELLS, 1, padding, count_include_pad=False)
     # Sums of slices, a few megabytes each, take a tenth of the time of average pooling.
+    cells = sum(grey.split(1, dim=1)) / FOLD**2
     ends = [*range(1 - CONTRAST_CELLS, 0), None]  # of slices that all have the size of `cells`
     for across in (False, True):
         margin = (padding, padding, 0, 0) if across else (0, 0, padding, padding)

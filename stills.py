@@ -23,7 +23,7 @@ GROUND = 0.5  # ... if the ground differs by more grey levels too, the median ov
 def thumbnails(frames: Tensor) -> Tensor:
     """Return the green of frames (N, 3, H, W), uint8, averaged over blocks: half (N, h, w)."""
     rows = frames[:, 1:2, ::2].float()  # every other one: as good, in half the time
-    return F.avg_pool2d(rows, (BLOCK // 2, BLOCK))[:, 0].half()
+    return F.avg_pool2d(rows, (BLOCK // 2, BLOCK), ceil_mode=True)[:, 0].half()
 
 
 def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
@@ -47,7 +47,7 @@ def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
     differ = compared & (shared < IN_COMMON * fewer)
     if 2 * differ.sum() <= compared.sum():  # nearly always
         return False
-    busy = F.max_pool2d(objects[:, None].float(), BLOCK)[:, 0].numpy() > 0
+    busy = F.max_pool2d(objects[:, None].float(), BLOCK, ceil_mode=True)[:, 0].numpy() > 0
     ground = ground.float().numpy()
     for t in np.flatnonzero(differ & (shared > 0)):
         free = ~(busy[t] | busy[t + 1])

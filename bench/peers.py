@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.models import segmentation
 
 from classes import FACTOR_SIZES, NUM_CLASSES
-from model import FOLD, UNet
+from model import FOLD, Answer, UNet
 
 MEAN, DEVIATION = 0.45, 0.225  # about ImageNet's, to which these networks are used
 
@@ -104,15 +104,16 @@ class Peer(nn.Module):
         """Return labels (B, H, W) uint8."""
         return logits.argmax(dim=1).to(torch.uint8)
 
-    def evidence(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where objects are and, of each cell, the logits of their kind, as `UNet.evidence`.
+    def evidence(self, logits: Tensor) -> Answer:
+        """Return the same as `UNet.evidence`.
 
         A factor has the probability of all classes together that have it.
         """
         classes = F.avg_pool2d(logits[:, 1:].float(), FOLD, ceil_mode=True)  # (B, 48, h, w)
         classes = classes.unflatten(1, FACTOR_SIZES)  # (B, 3, 2, 8, h, w)
         kinds = [classes.logsumexp(others) for others in ((2, 3), (1, 3), (1, 2))]
-        return logits.argmax(dim=1) > 0, torch.cat(kinds, dim=1)
+        objectness = logits[:, 1:].amax(dim=1, keepdim=True) - logits[:, :1]
+        return Answer(objectness, torch.cat(kinds, dim=1))
 
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:

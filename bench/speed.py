@@ -27,6 +27,7 @@ from augment import augment
 from batches import ShardedBatches
 from bench.peers import NETWORKS, Peer
 from classes import FRAME_SIZE
+from content import WHOLE
 from dataset import CLEVRDataset, split_videos
 from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
@@ -192,8 +193,9 @@ def measure_infer(
 
     @torch.inference_mode()
     def look(frames: Tensor) -> None:
+        (view,) = labeller.scale.views(*frames.shape[2:])
         for batch in frames.split(BATCH_SIZE):
-            labeller.see(batch)
+            labeller.see(batch, WHOLE, view)
 
     def in_worker_threads(job: Callable[[Any], Any], items: list[Any], where: torch.device) -> None:
         with devices.shared_threads(where) as threads:

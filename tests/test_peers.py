@@ -120,7 +120,7 @@ def test_what_a_peer_says_of_an_object_by_hand():
     red, cyan = 1 + 1, 1 + 5  # metal cubes
     logits[0, red, :, :2], logits[0, cyan, :, :2] = 8.0, 4.0
     things, kinds = peers.Peer(torch.nn.Identity()).evidence(logits)
-    assert things.tolist() == [[[True, True, False, False]] * 2]
+    assert things.tolist() == [[[[8.0, 8.0, -50.0, -50.0]] * 2]]
     assert kinds.shape == (1, 13, 1, 2)
     shape, material, colour = kinds[0, :, 0, 0].split((3, 2, 8))
     assert (shape.argmax(), material.argmax(), colour.argmax()) == (0, 0, 1)
