@@ -16,6 +16,7 @@ from details import Details
 from tracks import log_probabilities, occupied, sums
 
 REACH = 2  # pixels of the first look that a border moves, at most
+COARSE = 0.5  # weight of the first look, where the second was finer
 PASSES = 3  # of moving: each knows better what the objects look like
 
 
@@ -51,6 +52,7 @@ def sharpen(labels: Tensor, objects: Tensor, evidence: Tensor, details: Details)
     t, y, x = np.unravel_index(at, result.shape)
     v, u = (y + 0.5) * height / own[0], (x + 0.5) * width / own[1]
     first = _interpolate(evidence, occupied(objects).numpy(), t, v / 2, u / 2)
+    first *= COARSE if own > (height, width) else 1
     told = np.concatenate([first, _interpolate(details.evidence, known, t, v, u)], axis=1)
 
     flat = result.reshape(-1)

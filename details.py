@@ -32,6 +32,7 @@ BAND = 6  # pixels of the first look around a border that are kept to compare it
 FIRST_SHARE = 0.5  # of the evidence of the first look, where edges have been seen finer
 SURROUNDINGS = 2  # cells each way that are looked at for another kind of object ...
 SOLID = 5  # ... of which so many make it more than noise
+NOWHERE = 2**31  # beyond all rows and columns
 
 
 class Details(NamedTuple):
@@ -212,19 +213,21 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
         scale: Of the look at the windows. At 1 they begin between the cells of the first look.
         size: Height and width of the first look.
     """
-    cell, picture = CELL * scale, tuple(scale * side for side in size)
-    limits = [(side - 2 * MARGIN) // cell for side in SIDES[scale]]  # cells that they hold
+    cell, picture, aside = CELL * scale, tuple(scale * side for side in size), int(scale == 1)
+    limits = [
+        (side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]
+    ]  # cells that they hold
     frames, spans = [], []
     while cells.shape[1]:
         frame, row, column = cells
         starts = np.flatnonzero(np.diff(frame, prepend=-1))
         of = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(frame)))
         strip = row < np.minimum.reduceat(row, starts)[of] + limits[-1]
-        first = np.minimum.reduceat(np.where(strip, column, picture[1]), starts)
+        first = np.minimum.reduceat(np.where(strip, column, NOWHERE), starts)
         taken = strip & (column < first[of] + limits[-1])
         ends = []
         for position in (row, column):
-            ends.append(np.minimum.reduceat(np.where(taken, position, picture[1]), starts))
+            ends.append(np.minimum.reduceat(np.where(taken, position, NOWHERE), starts))
             ends.append(np.maximum.reduceat(np.where(taken, position, -1), starts) + 1)
         frames.append(frame[starts])
         spans.append(ends)
@@ -243,7 +246,7 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
     for k in np.unique(kind).tolist():
         corner, sides = [], []
         for low, high, whole in ((top, bottom, picture[0]), (left, right, picture[1])):
-            begin = ((low + high)[kind == k] * cell - SIDES[scale][k]) // 2 // 2 * 2 + (scale == 1)
+            begin = ((low + high)[kind == k] * cell - SIDES[scale][k]) // 2 // 2 * 2 + aside
             sides.append(min(SIDES[scale][k], whole))
             corner.append(np.clip(begin, 0, whole - sides[-1]))
         groups.append(Windows(frame[kind == k], *corner, scale, picture, tuple(sides)))
