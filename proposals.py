@@ -77,7 +77,9 @@ def encode(video: Video, objects: Objects) -> bytes:
     frames = []
     for number, ids in zip(numbers, labels, strict=True):
         present = (1 + np.flatnonzero(np.bincount(ids.ravel(), minlength=2)[1:])).tolist()
-        planes = np.asfortranarray((ids[..., None] == np.array(present, np.uint8)).astype(np.uint8))
+        columns = np.ascontiguousarray(ids.T)  # (W, H): planes are in Fortran's order
+        planes = columns == np.array(present, np.uint8)[:, None, None]
+        planes = planes.view(np.uint8).transpose(2, 1, 0)
         found = []
         for i, runs in zip(present, coco.encode(planes) if present else [], strict=True):
             shape, material, colour = factors(i)
