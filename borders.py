@@ -20,87 +20,92 @@ COARSE = 0.5  # weight of the first look, where the second was finer
 PASSES = 3  # of moving: each knows better what the objects look like
 
 
-def sharpen(labels: Tensor, objects: Tensor, evidence: Tensor, details: Details) -> Tensor:
-    """Return labels of one video whose borders between objects are drawn by the pixel.
+def sharpen(
+    labels: Tensor, coarse: Tensor, objects: Tensor, evidence: Tensor, details: Details
+) -> Tensor:
+    """Draw the borders between objects in labels of one video by the pixel; return these labels.
 
     Classes are not asked: an object that is misread has the same border.
 
     Args:
-        labels: (T, H, W) uint8 ids, in the picture's own size.
-        objects: (T, h, w) bool, where the first look sees an object.
+        labels: (T, H, W) uint8 ids, in the picture's own size, changed in place.
+        coarse: (T, h, w) uint8 ids, at the size of the first look.
+        objects: (T, h, w) bool, where that sees an object.
         evidence: (n, 13) logits of its cells that hold one, in order.
         details: Of these frames.
     """
-    if not len(details.where):
+    where = details.where.numpy()
+    if not len(where):
         return labels
-    frames, height, width = objects.shape
-    own = labels.shape[1:]
+    flat, shape = labels.numpy().reshape(-1), tuple(coarse.shape)
 
-    # The pixels that were looked at again, in the picture's own size.
-    result, at = labels.numpy(), details.where.numpy()
-    known = np.zeros(objects.shape, bool)
-    known.reshape(-1)[at] = True
-    if own != (height, width):
-        at = in_own_size(np.unravel_index(at, known.shape), (height, width), result.shape)
-    at = at[result.reshape(-1)[at] > 0]
-
-    # Those within reach of two objects may change; the others tell what objects look like.
-    pair = around(result, at, round(REACH * max(1.0, own[1] / width)))
+    # The pixels that were looked at again, in the picture's own size, and the two objects there.
+    pair = around(coarse.numpy(), where)
+    at, source = in_own_size(where, shape, tuple(labels.shape))
+    inside = flat[at] > 0
+    at, pair = at[inside], pair[:, source[inside]]
     near = pair[0] != pair[1]
 
     # What both looks say there, interpolated between the cells that hold an object.
-    t, y, x = np.unravel_index(at, result.shape)
-    v, u = (y + 0.5) * height / own[0], (x + 0.5) * width / own[1]
+    t, y, x = np.unravel_index(at, labels.shape)
+    v, u = ((z + 0.5) * n / m for z, n, m in zip((y, x), shape[1:], labels.shape[1:], strict=True))
+    known = np.zeros(shape, bool)
+    known.reshape(-1)[where] = True
     first = _interpolate(evidence, occupied(objects).numpy(), t, v / 2, u / 2)
-    first *= COARSE if own > (height, width) else 1
+    first *= 1 if labels.shape == coarse.shape else COARSE
     told = np.concatenate([first, _interpolate(details.evidence, known, t, v, u)], axis=1)
-
-    flat = result.reshape(-1)
     for _ in range(PASSES):
         flat[at[near]] = more_alike(told, t, flat[at], near, pair[:, near])
     return labels
 
 
 def in_own_size(
-    at: tuple[np.ndarray, ...], size: tuple[int, int], shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Return the flat positions in `shape` (T, H, W) of pixels whose centres lie in given ones.
+    where: np.ndarray, shape: tuple[int, ...], own: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels whose centres lie in given ones of another size.
 
     Args:
-        at: Frames, rows and columns of these, each (p,).
-        size: Height and width of their frames.
-        shape: Of the others.
+        where: (m,) flat positions in `shape`.
+        shape: T, h and w.
+        own: T, H and W.
+
+    Returns:
+        (p,) flat positions in `own`, and (p,) which of `where` each lies in.
     """
+    if shape == own:
+        return where, np.arange(len(where))
+    at = np.unravel_index(where, shape)
     # Of each row the first one that lies in it, and how many do; of each column likewise.
     spans = []
-    for position, side, own in zip(at[1:], size, shape[1:], strict=True):
-        inside = ((np.arange(own) + 0.5) * side / own).astype(int)
+    for position, side, own_side in zip(at[1:], shape[1:], own[1:], strict=True):
+        inside = ((np.arange(own_side) + 0.5) * side / own_side).astype(int)
         first = np.searchsorted(inside, np.arange(side + 1))
         spans.append((first[position], np.diff(first)[position]))
     (y, rows), (x, columns) = spans
-    found = []
+    found, source = [], []
     for down in range(rows.max()):
         for along in range(columns.max()):
-            there = (down < rows) & (along < columns)
+            there = np.flatnonzero((down < rows) & (along < columns))
             place = (at[0][there], y[there] + down, x[there] + along)
-            found.append(np.ravel_multi_index(place, shape))
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+            found.append(np.ravel_multi_index(place, own))
+            source.append(there)
+    empty = np.zeros(0, np.int64)
+    return np.concatenate([empty, *found]), np.concatenate([empty, *source])
 
 
-def around(labels: np.ndarray, at: np.ndarray, reach: int) -> np.ndarray:
-    """Return the least and the greatest label near pixels, background apart, (2, p).
+def around(labels: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Return the least and the greatest label within REACH of pixels, background apart, (2, m).
 
     Args:
-        labels: (T, H, W) uint8.
-        at: (p,) flat positions of pixels with a label.
-        reach: Pixels each way that are near.
+        labels: (T, h, w) uint8.
+        where: (m,) flat positions; near each of them is a label.
     """
-    padded = np.pad(labels, ((0, 0), (reach, reach), (reach, reach)))
-    t, y, x = np.unravel_index(at, labels.shape)
+    padded = np.pad(labels, ((0, 0), (REACH, REACH), (REACH, REACH)))
+    t, y, x = np.unravel_index(where, labels.shape)
     corner = (t * padded.shape[1] + y) * padded.shape[2] + x
-    steps = np.arange(2 * reach + 1)
+    steps = np.arange(2 * REACH + 1)
     steps = (steps[:, None] * padded.shape[2] + steps).reshape(-1, 1)
-    near = padded.reshape(-1)[corner + steps]  # ((2 reach + 1)^2, p)
+    near = padded.reshape(-1)[corner + steps]  # ((2 REACH + 1)^2, m)
     least = (near - 1).min(axis=0) + 1  # background, which wraps to 255, is never it
     return np.stack([least, near.max(axis=0)]).astype(np.int64)
 

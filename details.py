@@ -28,10 +28,11 @@ CELL = 2  # pixels of the first look
 SIDES = {1: (32,), FINER: (48, 64, 80, 96)}  # pixels that windows are high and wide, by scale
 MARGIN = 4  # pixels on each side of a window that only show what is around
 WINDOWS_AT_ONCE = {1: 24, FINER: 8}
-BAND = 6  # pixels of the first look around a border that are kept to compare it with
+BAND = 6  # pixels of the first look on each side of a border that are kept to compare it with
 FIRST_SHARE = 0.5  # of the evidence of the first look, where edges have been seen finer
 SURROUNDINGS = 2  # cells each way that are looked at for another kind of object ...
 SOLID = 5  # ... of which so many make it more than noise
+BUSY = 0.1  # of all cells; a frame that has more where kinds meet is not looked at for borders
 NOWHERE = 2**31  # beyond all rows and columns
 
 
@@ -176,6 +177,11 @@ def border_cells(objects: Tensor, evidence: Tensor) -> np.ndarray:
         for other in (kinds[at + step], kinds[at - step]):
             beside |= (other != own) & (other > 0)
     at = at[beside]
+
+    # A frame that is full of them shows noise, not objects.
+    area = cells.shape[1] * columns
+    many = np.bincount(at // area, minlength=len(cells)) > BUSY * area
+    at = at[~many[at // area]]
 
     # Those whose surroundings hold more than noise of two kinds.
     step = np.arange(-margin, margin + 1)

@@ -30,7 +30,7 @@ from batches import choose_workers, worker_start
 from borders import fill_holes, sharpen
 from checkpoints import load_checkpoint
 from classes import FRAME_SIZE
-from content import WHOLE, Bars, Box, box_of, is_flat
+from content import WHOLE, Bars, Box, is_flat, may_have_bars
 from dataset import CLEVRDataset
 from decode import read_frame
 from details import Details, join, look_again, split
@@ -54,7 +54,8 @@ from videos import Frame, Video, read_frames, size_text
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
-HEAD = 16  # first frames of a video, by which it is told what squares were made of, and bars
+SAMPLE = 16  # frames of a video by which it is told what its squares were made of
+DRAWN_AT_ONCE = 2**23  # pixels of labels that are drawn together
 MAX_WORKERS = 16  # processes that decode for a GPU, at about 1,000 frames/s each
 
 
@@ -89,7 +90,7 @@ class Labeller:
     ):
         self.device, self.batch_size, self.scale = torch.device(device), batch_size, scale
         self.model = for_labelling(model, self.device)
-        self.tracking, self.find = tracking, follow if tracking else by_frame
+        self.tracking = tracking
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> "Labeller":
@@ -107,7 +108,7 @@ class Labeller:
     def label(
         self, videos: Sequence[Tensor], numbers: Sequence[Sequence[int]] | None = None
     ) -> list[Objects]:
-        """Return the objects of videos, each uint8 (T, 3, H, W), that have frames of one size.
+        """Return the objects of videos, each uint8 (T, 3, H, W) on the CPU, all of one frame size.
 
         A video has the same labels whichever others come with it. `numbers` are those of the
         frames of each, from 0 by default.
@@ -116,9 +117,8 @@ class Labeller:
             UserError: the frames would be too large for the network.
         """
         numbers = numbers or [range(len(video)) for video in videos]
-        size = tuple(videos[0].shape[2:])
-        views = self.scale.views(*size)
-        if len(views) == 1 and all(box_of(video) == WHOLE for video in videos):
+        views = self.scale.views(*videos[0].shape[2:])
+        if len(views) == 1 and not any(may_have_bars(video[0]) for video in videos if len(video)):
             frames = torch.cat(list(videos))
             parts = math.ceil(len(frames) / self.at_once(views[0]))
             batches = frames.tensor_split(parts)  # all about as large
@@ -138,49 +138,56 @@ class Labeller:
         """Return the objects of one video, however long, whose frames are never held together.
 
         Args:
-            read: Gives the frames of the video, one after the other; is called again where bars
-                turn out to be narrower than they were in its first frames.
+            read: Gives the frames of the video, one after the other; is called twice where all of
+                them must be seen before, as of squares and of frames with bars.
             pool: Threads that let the network look at `ahead` batches of them at once; None: this
                 one does.
             ahead: See there.
         """
-        bars = Bars()
-        while True:
-            frames = iter(read())
-            head = list(itertools.islice(frames, HEAD))
-            pixels = torch.stack([frame.pixels for frame in head])
-            bars.add(pixels)
-            box = bars.box
-            picture = box.cut(pixels)
-            view = self.choose(picture, self.scale.views(*picture.shape[2:]))
+        frames = iter(read())
+        first = next(frames)
+        box, (view, *others) = WHOLE, self.scale.views(*first.pixels.shape[1:])
+        if others or may_have_bars(first.pixels):
+            box, view = self.survey(read())
+        seen, numbers, seconds = [], [], []
+        waiting: deque[Future] = deque()
+        for batch in batched(itertools.chain([first], frames), self.at_once(view)):
+            pixels = torch.stack([frame.pixels for frame in batch])
+            numbers += [frame.number for frame in batch]
+            seconds += [frame.seconds for frame in batch]
+            if pool is None:
+                seen.append(self.see(pixels, box, view))
+                continue
+            waiting.append(pool.submit(self.see, pixels, box, view))
+            if len(waiting) > ahead:
+                seen.append(waiting.popleft().result())
+        seen += [future.result() for future in waiting]
+        return self.find_objects(seen, [numbers], box, view)[0]._replace(seconds=seconds)
 
-            seen: list[Seen] = []
-            waiting: deque[Future] = deque()
-            numbers, seconds = [], []
-            for batch in batched(itertools.chain(head, frames), self.at_once(view)):
-                pixels = torch.stack([frame.pixels for frame in batch])
-                numbers += [frame.number for frame in batch]
-                seconds += [frame.seconds for frame in batch]
-                bars.add(pixels)
-                if bars.box != box:
-                    break
-                if pool is None:
-                    seen.append(self.see(pixels, box, view))
-                    continue
-                waiting.append(pool.submit(self.see, pixels, box, view))
-                if len(waiting) > ahead:
-                    seen.append(waiting.popleft().result())
-            seen += [future.result() for future in waiting]
-            if bars.box == box:
-                (found,) = self.find_objects(seen, [numbers], box, view)
-                return found._replace(seconds=seconds)
+    def survey(self, frames: Iterable[Frame]) -> tuple[Box, View]:
+        """Return where the picture is in the frames of a video, and how it is best looked at.
 
-    def choose(self, frames: Tensor, views: list[View]) -> View:
-        """Return the view, of several, in which the network is surest of what frames show."""
-        if len(views) == 1:
-            return views[0]
-        frames = frames[~is_flat(frames)].to(self.device)
-        return max(views, key=lambda view: sureness(self.look(resize(frames, view.size))))
+        Of several views that is the one in which the network is surest, by up to SAMPLE frames
+        that show something, spread over the video.
+        """
+        bars, chosen, step, count = Bars(), [], 1, 0
+        for frame in frames:
+            bars.add(frame.pixels[None])
+            if is_flat(frame.pixels[None]):
+                continue
+            if count % step == 0:
+                chosen.append(frame.pixels)
+            if len(chosen) > SAMPLE:
+                chosen, step = chosen[::2], 2 * step
+            count += 1
+        size = bars.box.cut(frame.pixels).shape[1:]
+        views = self.scale.views(*size)
+        if len(views) == 1 or not chosen:
+            return bars.box, views[0]
+        pictures = bars.box.cut(torch.stack(chosen)).to(self.device)
+        return bars.box, max(
+            views, key=lambda view: sureness(self.look(resize(pictures, view.size)))
+        )
 
     def at_once(self, view: View) -> int:
         """Return how many frames the network looks at together."""
@@ -230,30 +237,54 @@ class Labeller:
         if not self.tracking:
             found = by_frame(objects, evidence)
         elif are_stills(ground, objects, evidence):
-            found = follow_none(objects, evidence)
+            found = follow_none(objects, evidence, view.unit)
             remarks.append("its frames are pictures of different scenes, each is labelled alone")
         else:
-            found = follow(objects, evidence)
-        labels = found.labels
-        if details.outlines is not None:
-            labels = fill(labels, objects, details.outlines, view.own)
-        if self.tracking:
-            labels = fill_holes(sharpen(labels, objects, evidence, details))
+            found = follow(objects, evidence, view.unit)
+
+        # In the picture's own size, a few frames at a time: of long videos less is held at once.
+        labels = torch.empty((len(objects), *view.own), dtype=torch.uint8)
+        counts = frames_at_once(len(objects), math.prod(view.own))
+        cells = [int(part.sum()) for part in occupied(objects).split(counts)]
+        for part in zip(
+            labels.split(counts),
+            found.labels.split(counts),
+            objects.split(counts),
+            evidence.split(cells),
+            split(details, counts, math.prod(view.size)),
+            strict=True,
+        ):
+            self.draw(*part)
         if box != WHOLE:
             labels = F.pad(labels, box)
             shown = f"{size_text(view.own)} of {size_text(labels.shape[1:])}"
-            remarks.append(
-                f"bars along the sides of its frames, which show {shown}, are background"
-            )
-        return found._replace(
-            labels=labels, numbers=list(numbers), remarks=list(filter(None, remarks))
-        )
+            remarks.append(f"bars along the sides are background: pictures are {shown}")
+        said = list(filter(None, remarks))
+        return found._replace(labels=labels, numbers=list(numbers), remarks=said)
+
+    def draw(
+        self, drawn: Tensor, labels: Tensor, objects: Tensor, evidence: Tensor, details: Details
+    ) -> None:
+        """Draw the labels (T, h, w) of what was looked at in the picture's own size: into `drawn`.
+
+        Without tracking they stay what the network says of each pixel, holes and borders too.
+        """
+        own = tuple(drawn.shape[1:])
+        full = labels
+        if details.outlines is not None:
+            full = fill(labels, objects, details.outlines, own)
+        if self.tracking:
+            full = fill_holes(sharpen(full, labels, objects, evidence, details))
+        drawn.copy_(full)
 
     @torch.inference_mode()
     def look(self, picture: Tensor) -> Answer:
         """Return what the network says of pictures uint8 (N, 3, h, w), on its device."""
+        answers = self.model.answers
+        if tuple(picture.shape[2:]) != FRAME_SIZE:  # for which alone it may have been compiled
+            answers = partial(type(self.model).answers, self.model)
         with mixed_precision(self.device):
-            return self.model.evidence(self.model.answers(picture))
+            return self.model.evidence(answers(picture))
 
     @torch.inference_mode()
     def see(self, frames: Tensor, box: Box, view: View) -> Seen:
@@ -408,6 +439,12 @@ def sureness(answer: Answer) -> float:
     """
     objectness = answer.objectness.float()
     return float(objectness[objectness > 0].mean()) if (objectness > 0).any() else 0.0
+
+
+def frames_at_once(count: int, pixels: int) -> list[int]:
+    """Return how many of `count` frames, of so many pixels each, are drawn together, in order."""
+    most = max(1, DRAWN_AT_ONCE // pixels)
+    return [min(most, count - start) for start in range(0, count, most)]
 
 
 def batched(items: Iterable[Any], count: int) -> Iterator[list[Any]]:

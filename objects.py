@@ -11,7 +11,7 @@
 As no two objects of a video share a class, tracks of one class are one object, which so keeps its
 number where it is hidden for a while. `by_frame` labels each frame by itself instead.
 
-Lengths and areas are in pixels of a frame FRAME_SIZE[0] high, and scale.
+Lengths and areas are in pixels of frames of FRAME_SIZE, and scale.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ HALF_SEEN = 60.0  # pixels of a part at which its evidence counts half
 EDGE_WEIGHT = 0.5  # of the evidence of a part that the frame cuts off ...
 EDGE_SHAPE = 0.4  # ... and once more of that of its shape: what is cut straight reads as a cube
 UNRELIABLE = 15.0  # pixels x frames at which a third of all readings are taken as chance
-SURE = 0.8
+SURE = 0.8  # probability at which two that are seen whole may both be of one class
 DROP_PIXELS = 40  # a track that never shows more may be dropped ...
 DROP = 0.7  # ... where its likeliest class has a probability below exp(-0.7), one half
 SWEEPS = 6  # of improvement, at most
@@ -50,13 +50,14 @@ class Objects(NamedTuple):
     remarks: Sequence[str] = ()  # what was done to its frames, for people to read
 
 
-def follow(objects: Tensor, evidence: Tensor) -> Objects:
+def follow(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
     """Label the object pixels of one video, each object with one class.
 
     Args:
         objects: (T, H, W) bool, where there is an object.
         evidence: (n, 13), for each cell of 2 x 2 pixels that holds such a pixel, in order, the
             logits of 3 shapes, 2 materials and 8 colours: `tracks.gather`.
+        unit: How many times larger objects are than in frames of FRAME_SIZE.
 
     Returns:
         The labels; background where there is no object, and where a track never shows more than
@@ -68,14 +69,14 @@ def follow(objects: Tensor, evidence: Tensor) -> Objects:
     if not len(evidence):
         return Objects(torch.from_numpy(labels), {})
     inside = objects.cpu().numpy()
-    parts, part = parts_of(inside, evidence)
+    parts, part = parts_of(inside, evidence, unit)
     track = link(parts, len(labels))
     kinds, confidence = classify(parts, track)
     labels[inside] = (kinds[track] + 1).astype(np.uint8)[part]
     return Objects(torch.from_numpy(labels), confidence)
 
 
-def follow_none(objects: Tensor, evidence: Tensor) -> Objects:
+def follow_none(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
     """Label pictures that are of different scenes, each as `follow` does a video of one frame.
 
     The confidence in a class is the least that any picture has in it.
@@ -83,7 +84,7 @@ def follow_none(objects: Tensor, evidence: Tensor) -> Objects:
     labels, confidence = torch.zeros(objects.shape, dtype=torch.uint8), {}
     counts = occupied(objects).flatten(1).sum(dim=1).tolist()
     for t, part in enumerate(evidence.split(counts)):
-        found = follow(objects[t : t + 1], part)
+        found = follow(objects[t : t + 1], part, unit)
         labels[t] = found.labels[0]
         for kind, sure in found.confidence.items():
             confidence[kind] = min(sure, confidence.get(kind, 1.0))
@@ -131,18 +132,8 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     cost = -np.log((1 - chance[:, None]) * p + chance[:, None] / NUM_KINDS)
     drop = np.where(most <= DROP_PIXELS, NEW_CLASS + DROP, np.inf)
 
-    # What nothing hides and is smaller than any object is none.
-    free = parts.free()
-    partly = np.zeros(count, bool)
-    partly[track[~free]] = True
-    drop[~partly & (most <= DROP_PIXELS)] = -1  # less than any cost
-
-    # Two that are seen whole and surely of one class are two of it, and no conflict. In a video
-    # each is free sooner or later; of what touches another in the only frame we believe it.
-    whole = np.zeros(count, bool)
-    whole[track[free if np.ptp(parts.frame) else ~parts.at_edge]] = True
-    best, sure = cost.argmin(axis=1), whole & (cost.min(axis=1) <= -np.log(SURE))
-    twins = (best[:, None] == best) & sure[:, None] & sure
+    drop[is_speck(parts, track, most)] = -np.inf
+    twins = are_twins(parts, track, cost)
     pairs = np.where(twins, 0, conflict_cost(parts, track))
 
     order = np.argsort(-seen * most, kind="stable")
@@ -156,6 +147,31 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
         for k in np.unique(kind[kind >= 0])
     }
     return kind, confidence
+
+
+def is_speck(parts: Parts, track: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Return which tracks are smaller than any object, `most` pixels, though nothing hides them."""
+    hidden = np.zeros(len(most), bool)
+    hidden[track[~parts.free()]] = True
+    return ~hidden & (most <= DROP_PIXELS)
+
+
+def are_twins(parts: Parts, track: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Return which tracks k and l are two objects of one class, (k, l) bool.
+
+    Both are surely of it, and seen whole in one frame. In a video each is free of others sooner or
+    later; of what touches another in the only frame there is we believe it.
+    """
+    best, sure = cost.argmin(axis=1), cost.min(axis=1) <= -np.log(SURE)
+    whole = parts.free() if np.ptp(parts.frame) else ~parts.at_edge
+    seen = np.flatnonzero(whole & sure[track])
+    frames, of_frame = np.unique(parts.frame[seen], return_inverse=True)
+    who, of_who = np.unique(track[seen], return_inverse=True)
+    there = np.zeros((len(who), len(frames)), np.float32)
+    there[of_who, of_frame] = 1
+    together = np.zeros((len(cost), len(cost)), bool)
+    together[np.ix_(who, who)] = there @ there.T > 0
+    return together & (best[:, None] == best)
 
 
 def conflict_cost(parts: Parts, track: np.ndarray) -> np.ndarray:

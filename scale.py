@@ -39,6 +39,12 @@ class View(NamedTuple):
     reading: str = ""  # of a square, what it was made of: SQUEEZED or CUT
 
     @property
+    def unit(self) -> float:
+        """How many times larger objects are than in frames of FRAME_SIZE."""
+        axis = 0 if self.reading == CUT else 1
+        return self.size[axis] / FRAME_SIZE[axis]
+
+    @property
     def finer(self) -> bool:
         """Whether the picture is larger than what is looked at, so that edges can be seen finer."""
         return any(own > size for own, size in zip(self.own, self.size, strict=True))

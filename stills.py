@@ -1,8 +1,8 @@
 """Pictures of unrelated scenes that lie in one folder like the frames of a video.
 
 In a video a fixed camera sees the same ground, and mostly the same objects, however few frames are
-kept of it. Two consecutive frames are of different scenes if neither agrees, or if they have no
-kind of object in common at all: scenes may share camera and lamps.
+kept of it. Two consecutive frames are of different scenes if neither agrees, or if they have
+several kinds of object each and none in common: scenes may share camera and lamps.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from tracks import occupied
 BLOCK = 8  # pixels each way that the ground is averaged over: noise matters little then
 CELLS = 8  # of 2 x 2 pixels that a kind of object has at least to count
 KINDS = 2  # of object, at least, in each of two frames that are compared
+STRANGERS = 3  # kinds in each, none of them the other's, are another scene on any ground
 IN_COMMON = 0.5  # of the kinds of the frame with fewer; less is another scene ...
 GROUND = 0.5  # ... if the ground differs by more grey levels too, the median over all blocks
 
@@ -45,11 +46,11 @@ def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
     shared = (there[1:] & there[:-1]).sum(axis=1)
     compared = fewer >= KINDS
     differ = compared & (shared < IN_COMMON * fewer)
-    if 2 * differ.sum() <= compared.sum():  # nearly always
+    if len(differ) > 2 * compared.sum() or 2 * differ.sum() <= compared.sum():  # nearly always
         return False
     busy = F.max_pool2d(objects[:, None].float(), BLOCK, ceil_mode=True)[:, 0].numpy() > 0
     ground = ground.float().numpy()
-    for t in np.flatnonzero(differ & (shared > 0)):
+    for t in np.flatnonzero(differ & ((shared > 0) | (fewer < STRANGERS))):
         free = ~(busy[t] | busy[t + 1])
         moved = np.abs(ground[t + 1] - ground[t])[free]
         differ[t] = len(moved) == 0 or np.median(moved) > GROUND

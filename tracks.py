@@ -5,7 +5,7 @@ from all of its object pixels together, each cell of 2 x 2 pixels gets the likel
 what is connected and of one class is a part, unless it is a speck inside another. Parts are linked
 whatever they read as: by where they are, how large they are and what they look like.
 
-Lengths and areas are in pixels of a frame FRAME_SIZE[0] high. The file is long for what is said
+Lengths and areas are in pixels of frames of FRAME_SIZE. The file is long for what is said
 between its lines of index arithmetic.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from classes import FACTOR_SIZES, FRAME_SIZE, NUM_CLASSES, NUM_KINDS, factors
+from classes import FACTOR_SIZES, NUM_CLASSES, NUM_KINDS, factors
 
 # Parts.
 FRAMES_AT_ONCE = 64  # that are cut into parts
@@ -100,7 +100,7 @@ def gather(objects: Tensor, attributes: Tensor) -> Tensor:
     return attributes.movedim(1, -1)[occupied(objects)]
 
 
-def parts_of(objects: np.ndarray, evidence: Tensor) -> tuple[Parts, np.ndarray]:
+def parts_of(objects: np.ndarray, evidence: Tensor, unit: float = 1.0) -> tuple[Parts, np.ndarray]:
     """Return the parts of a video, and which of them each object pixel belongs to, (N,).
 
     A few frames at a time: a clip of ten minutes takes no more memory for it than one of seconds.
@@ -109,6 +109,7 @@ def parts_of(objects: np.ndarray, evidence: Tensor) -> tuple[Parts, np.ndarray]:
         objects: (T, H, W) bool, where there is an object.
         evidence: (n, 13), for each cell of 2 x 2 pixels that holds some of one, in order, the
             logits of 3 shapes, 2 materials and 8 colours.
+        unit: How many times larger objects are than in frames of FRAME_SIZE.
     """
     logs = log_probabilities(evidence)
     kinds, trust = estimate(logs, np.count_nonzero(objects))
@@ -124,7 +125,7 @@ def parts_of(objects: np.ndarray, evidence: Tensor) -> tuple[Parts, np.ndarray]:
         cells = to_cells(where, logs[used:], block.shape)
         used += len(cells.pixels)
         part = cut(cells, kinds, trust)
-        parts = measure(cells, part, block.shape)
+        parts = measure(cells, part, block.shape, unit)
 
         # The numbers of its frames and parts follow those of the blocks before.
         found.append(parts._replace(frame=parts.frame + start))
@@ -278,10 +279,9 @@ def _bounded(part: np.ndarray, frame: np.ndarray) -> np.ndarray:
     return number[part]
 
 
-def measure(cells: Cells, part: np.ndarray, shape: tuple[int, ...]) -> Parts:
+def measure(cells: Cells, part: np.ndarray, shape: tuple[int, ...], unit: float) -> Parts:
     """Measure the parts, `part` (n,) being that of each cell, of a video (T, H, W)."""
     _, height, width = shape
-    unit = height / FRAME_SIZE[0]
 
     # The cells in the order of their parts, and where each part begins.
     order = np.argsort(part, kind="stable")

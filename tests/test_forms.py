@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import details
 from borders import fill_holes, sharpen
-from content import Bars, Box, box_of, is_flat
+from content import Bars, Box, is_flat
 from details import cover
 from labelling import Labeller
 from metrics import borders
@@ -41,6 +41,13 @@ def agreement(labels, truth):
     """The share of the object pixels of either that are right."""
     either = (labels > 0) | (truth > 0)
     return (labels == truth)[either].double().mean().item()
+
+
+def box_of(*parts):
+    bars = Bars()
+    for frames in parts:
+        bars.add(frames)
+    return bars.box
 
 
 def ahead(labeller, frames, **options):
@@ -86,14 +93,32 @@ def test_bars_change_nothing(labeller, video, known, margins, level):
     assert any("bars" in remark for remark in found.remarks)
 
 
-def test_noise_up_to_four_levels_is_a_bar_and_more_is_none(video):
-    frames = F.pad(video[0], (0, 0, 10, 0))
-    frames[:, :, :10] = torch.randint(10, 15, (4, 3, 10, 240), dtype=torch.uint8)
-    assert box_of(frames) == Box(0, 0, 10, 0)
-    frames[2, 1, 4, 17] = 9
-    frames[2, 1, 4, 18] = 14
-    assert box_of(frames) == Box(0, 0, 4, 0)
-    assert box_of(video[0]) == Box()
+def test_noise_up_to_four_levels_is_a_bar_and_more_is_none():
+    frames = torch.randint(0, 256, (4, 3, 40, 60), dtype=torch.uint8)
+    frames[:, :, :10] = torch.randint(10, 15, (4, 3, 10, 60), dtype=torch.uint8)
+    bars = Bars()
+    bars.add(frames)
+    assert bars.ends == [10, 0, 0, 0]
+    frames[2, 1, 4, 17], frames[2, 1, 4, 18] = 9, 14
+    bars.add(frames)
+    assert bars.ends == [4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_the_soft_edge_of_a_bar_belongs_to_it(labeller, video, known, level):
+    """As where a letterboxed video was made smaller, or compressed."""
+    frames = F.pad(video[0], (0, 0, 40, 40), value=level)
+    small = resize(frames, (128, 128))
+    above = round(40 * 128 / 240)
+    box = box_of(small)
+    assert 0 <= box.above - above <= 4
+    assert 0 <= box.below - above <= 4
+    (found,) = labeller.label([small])
+    assert set(found.labels.unique().tolist()) <= set(known.unique().tolist())
+    blurred = F.avg_pool2d(frames.float(), (7, 1), 1, (3, 0), count_include_pad=False).byte()
+    box = box_of(blurred)
+    assert min(box.above, box.below) >= 40
+    assert max(box.above, box.below) <= 46
 
 
 def test_what_would_leave_little_of_a_frame_is_no_bar():
@@ -121,16 +146,6 @@ def test_a_frame_that_shows_nothing_is_background(labeller, video):
     assert found.labels[:4].any()
     assert not labeller.label([frames[4:6]])[0].labels.any()
     assert not ahead(labeller, frames[4:6]).labels.any()
-
-
-def test_one_bar_that_moves_is_none():
-    bars = Bars()
-    frames = torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8)
-    frames[0, :, :9], frames[1, :, :5] = 30, 30
-    bars.add(frames[:1])
-    assert bars.box == Box(0, 0, 9, 0)
-    bars.add(frames[1:])
-    assert bars.box == Box(0, 0, 5, 0)
 
 
 @pytest.mark.parametrize("form", ["square", "bars", "large"])
@@ -242,10 +257,11 @@ def test_a_border_moves_to_where_evidence_changes():
     where = torch.nonzero(objects.flatten())[:, 0]
     second = torch.zeros(len(where), 13)
     second[:, 0] = torch.where(where % 20 >= 9, 8.0, -8.0)
-    found = sharpen(kinds.clone(), objects, first, details.Details(None, where, 3 * second))
+    known = details.Details(None, where, 3 * second)
+    found = sharpen(kinds.clone(), kinds, objects, first, known)
     assert found[0, 5].tolist() == [0] * 2 + [5] * 7 + [7] * 9 + [0] * 2
     nothing = details.Details(None, where[:0], second[:0])
-    assert torch.equal(sharpen(kinds.clone(), objects, first, nothing), kinds)
+    assert torch.equal(sharpen(kinds.clone(), kinds, objects, first, nothing), kinds)
 
 
 def test_holes_are_those_that_a_flood_from_the_edge_does_not_reach():

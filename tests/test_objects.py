@@ -37,7 +37,7 @@ class Scene:
 
     def follow(self):
         cells = F.max_pool2d(self.evidence.movedim(-1, 1), 2, ceil_mode=True)
-        return follow(self.objects, gather(self.objects, cells))
+        return follow(self.objects, gather(self.objects, cells), self.objects.shape[2] / 240)
 
     def classes(self, found, t, name=1):
         """The classes that one object was given in frame t."""
