@@ -49,4 +49,4 @@ def test_real_videos(tmp_path):
     alone = score(REAL, tmp_path / "alone", "--no-consistency")
     assert together["miou"] > 0.92
     assert together["miou"] > alone["miou"]
-    assert together["foreground_iou"] == pytest.approx(alone["foreground_iou"])
+    assert together["foreground_iou"] == pytest.approx(alone["foreground_iou"], abs=1e-3)
