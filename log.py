@@ -25,6 +25,7 @@ FIELDS = (
     *("epoch", "train_loss", "val_loss", "miou", "foreground_iou", "lr", "frames_per_s"),
     "weighted_iou",
 )
+LOG, BOARD = "log.csv", "tensorboard"  # below --out
 DRAW_EVERY = 20  # seconds at least: a picture takes 0.1 s, most of it to be packed
 
 
@@ -106,19 +107,21 @@ class Progress:
 class Log:
     """log.csv and TensorBoard events; lines of epochs after `completed` are cut off.
 
+    One that replaces the log of another run leaves it alone until there is an epoch to write.
+
     All methods raise OSError with a filename where nothing can be written.
     """
 
-    def __init__(self, out: Path, completed: int):
-        path, kept = out / "log.csv", []
+    def __init__(self, out: Path, completed: int, replaces: bool = False):
+        path, kept = out / LOG, []
         if completed and os.path.lexists(path):
             kept = _lines(path, completed)
         text = io.StringIO(newline="")
         csv.DictWriter(text, FIELDS).writeheader()
         csv.DictWriter(text, FIELDS, extrasaction="ignore").writerows(kept)
-        with atomic_write(path) as file:  # a kill must not cost what the log holds already
-            file.write(text.getvalue().encode())
-        self.path, self.folder = path, out / "tensorboard"
+        self.path, self.folder, self.head = path, out / BOARD, text.getvalue()
+        if not replaces:
+            self._begin("")
         from torch.utils.tensorboard import SummaryWriter  # seconds, in training alone
 
         threading.excepthook = _leave_to_caller
@@ -126,15 +129,24 @@ class Log:
             self.board = SummaryWriter(self.folder, purge_step=completed + 1)
         self.drawn = time.monotonic()
 
+    def _begin(self, line: str) -> None:
+        """Write the file whole: what it holds from before, and a line."""
+        with atomic_write(self.path) as file:  # a kill must not cost what the log holds already
+            file.write((self.head + line).encode())
+        self.head = ""
+
     def add(self, figures: dict[str, Any]) -> None:
         """Write one epoch's figures: those of FIELDS, and the IoU of each class that is there."""
         epoch = figures["epoch"]
         line = io.StringIO(newline="")
         csv.DictWriter(line, FIELDS).writerow({name: figures[name] for name in FIELDS})
-        with named(self.path), self.path.open("ab", buffering=0) as file:
-            if file.write(line.getvalue().encode()) < len(line.getvalue()):
-                raise OSError
-            os.fsync(file.fileno())  # before the checkpoint, with which the line is never redone
+        if self.head:
+            self._begin(line.getvalue())
+        else:
+            with named(self.path), self.path.open("ab", buffering=0) as file:
+                if file.write(line.getvalue().encode()) < len(line.getvalue()):
+                    raise OSError
+                os.fsync(file.fileno())  # before the checkpoint: the line is never redone
         with named(self.folder):
             for name in FIELDS[1:]:
                 if figures[name] is not None:  # as where no frame has an object

@@ -1,10 +1,12 @@
 """A run of training: how it begins or goes on, what of it is saved, and how a signal stops it."""
 
 import copy
+import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from checkpoints import is_finite, load_checkpoint, save_checkpoint
 from devices import Processes
-from log import MeanLoss
+from log import BOARD, LOG, MeanLoss
 from model import UNet
 from optim import MuonAdamW, learning_rate_at
 from utils import Stopped, UserError, no_memory
@@ -25,6 +27,7 @@ CHECKPOINT_EVERY = 5  # epochs
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
 SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
+CHECKPOINT = re.compile(r"Unet_checkpoint_(last|best|epoch_[0-9]+)\.pt").fullmatch
 LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may request: to save, or the number of a signal, all of which are above
@@ -49,6 +52,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint says
     loss: MeanLoss = field(default_factory=MeanLoss)
     since: tuple[float, int] = (0.0, 0)  # when this process began, in seconds, and at which step
+    replaces: set[Path] = field(default_factory=set)  # files of a former run in its folder
 
     @classmethod
     def open(
@@ -63,6 +67,7 @@ class Run:
         seed: int = 0,
         facts: dict[str, Any] | None = None,
         resume: Path | None = None,
+        replaces: Iterable[Path] = (),
     ) -> "Run":
         """Return a run that begins with the weights of `model`, or goes on from a checkpoint.
 
@@ -78,6 +83,7 @@ class Run:
             facts: What else a checkpoint says.
             resume: A `Unet_checkpoint_last.pt` to go on from, in the midst of an epoch if it was
                 saved there; where there is none, the run begins.
+            replaces: Files of a former run, which are deleted once this one has a checkpoint.
 
         Raises:
             UserError: the checkpoint is of another network, or not the same one for all processes.
@@ -93,6 +99,7 @@ class Run:
             seed=seed,
             facts=dict(facts or {}),
             loss=MeanLoss(processes),
+            replaces=set(replaces),
         )
         if resume and resume.exists():
             run.restore(resume)
@@ -180,9 +187,9 @@ class Run:
         improved = self.facts["weighted_iou"] > self.best
         self.best = max(self.best, self.facts["weighted_iou"])
         if self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch:
-            save_checkpoint(out / f"Unet_checkpoint_epoch_{self.epoch}.pt", self._checkpoint())
+            self._write(out / f"Unet_checkpoint_epoch_{self.epoch}.pt")
         if improved:
-            save_checkpoint(out / BEST, self._checkpoint())
+            self._write(out / BEST)
         self.save_last(out)
 
     def save_last(self, out: Path) -> None:
@@ -195,7 +202,14 @@ class Run:
             "frames": self.done * self.batch_size,  # of the epoch that has begun
             "loss": [self.loss.total, self.loss.steps],
         }
-        save_checkpoint(out / LAST, self._checkpoint() | {"training": training})
+        self._write(out / LAST, training=training)
+        for path in self.replaces:
+            path.unlink(missing_ok=True)
+        self.replaces.clear()
+
+    def _write(self, path: Path, **more: Any) -> None:
+        save_checkpoint(path, self._checkpoint() | more)
+        self.replaces.discard(path)
 
     def _must_be_finite(self) -> None:
         """Keep the checkpoints there are: a step whose loss is a number can end in none."""
@@ -209,6 +223,32 @@ class Run:
             "epoch": self.epoch,
             **self.facts,
         }
+
+
+def files_of_run(out: Path) -> list[Path]:
+    """Return the files of a run that are in a folder, its checkpoints first; [] if it has none."""
+    checkpoints = [path for path in out.glob("Unet_checkpoint_*.pt") if CHECKPOINT(path.name)]
+    if not checkpoints:
+        return []
+    return [*sorted(checkpoints), out / LOG, *sorted((out / BOARD).glob("events.out.tfevents.*"))]
+
+
+def check_free(out: Path, overwrite: bool, processes: Processes) -> list[Path]:
+    """Return the files of a former run that a new one in a folder replaces.
+
+    The first process looks, for all of them.
+
+    Raises:
+        UserError: there is one, and it is not to be overwritten.
+    """
+    found = files_of_run(out) if processes.first else []
+    fault = "" if overwrite or not found else f"{out} holds a run ({found[0].name}, ...)"
+    if fault := processes.collect([fault])[0]:
+        raise UserError(
+            f"{fault}: --resume goes on with it, another --out begins a new one, --overwrite "
+            "deletes it once the new one has a checkpoint"
+        )
+    return found
 
 
 class Keeper:

@@ -42,7 +42,7 @@ from model import MAX_STAGES, UNet, for_labelling
 from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
-from runs import BEST, LAST, LOOK_EVERY, Keeper, Run
+from runs import BEST, LAST, LOOK_EVERY, Keeper, Run, check_free
 from utils import UserError, at_least, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--proposals", type=Path, help="folder of CLEVRER's, as labels (default: none)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
+    add("--overwrite", action="store_true", help="delete the run that --out holds for the new one")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add = parser.add_argument_group("learning").add_argument
     add("--num-epochs", type=at_least(1), help="in all (default: 8, or 30 with a file as --init)")
@@ -107,6 +108,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
+    if args.resume and args.overwrite:
+        parser.error("--resume keeps the run that --overwrite deletes: leave out one of them")
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and not 2 <= len(args.widths) <= MAX_STAGES:
@@ -120,6 +123,7 @@ def main() -> None:
     processes = Processes(choose_device(args.device))
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
+    replaces = [] if args.resume else check_free(args.out, args.overwrite, processes)
     if processes.first:
         print(log_header(device), flush=True)
         if args.data == DEMO_DATA:
@@ -153,6 +157,7 @@ def main() -> None:
             "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
         },
         resume=args.out / LAST if args.resume else None,
+        replaces=replaces,
     )
     processes.say(first_words(run, init, args.num_epochs))
     if args.compile:
@@ -206,7 +211,7 @@ def train_epochs(
     network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, run.epoch)
+        log = Log(out, run.epoch, bool(run.replaces))
     with Keeper(run, out) as keeper:
         while run.epoch < num_epochs:
             loader.batch_sampler.set_epoch(run.epoch + 1, skip=run.done)
@@ -219,6 +224,7 @@ def train_epochs(
                 if warning := blind_warning(figures, run.step, epoch_steps, run.total_steps):
                     print(warning, file=sys.stderr, flush=True)
                 log.add(figures)
+                run.replaces.discard(log.path)
                 run.save(out, figures, num_epochs)
                 if log.wants_picture() or run.epoch == num_epochs:
                     draw_examples(log, run, val_loader.dataset)

@@ -89,6 +89,57 @@ def test_checkpoints_are_where_and_what_the_contract_says(finished, videos):
     assert list((finished / "tensorboard").iterdir())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def former(finished, tmp_path) -> Path:
+    """A finished run, and files beside it that belong to no run."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ("notes.txt", "Unet_checkpoint_mine.pt", "tensorboard/notes.txt"):
+        (out / name).write_text("mine")
+    return out
+
+
+@pytest.mark.parametrize("fails", ["refused", "stopped"])
+def test_a_second_run_loses_nothing_of_the_first(former, videos, call, monkeypatch, fails):
+    """Without --overwrite it does not begin; with it, it may end before its first checkpoint."""
+    before = contents(former)
+    options = ("--data", videos, "--out", former, "--no-cache", *TINY)
+    if fails == "stopped":
+        options += ("--overwrite",)
+        monkeypatch.setattr(train, "validate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(train, *options)
+        found = contents(former)
+        assert {name: found[name] for name in before} == before
+        return
+    status, _, err = call(train, *options)
+    assert status == 2
+    assert err.startswith(f"error: {former} holds a run")
+    assert all(word in err for word in ("--resume", "--out", "--overwrite"))
+    assert contents(former) == before
+    assert call(train, *options, "--resume", "--overwrite")[0] == 2
+
+
+def test_overwriting_leaves_what_belongs_to_no_run(former, videos, call):
+    before = contents(former)
+    options = ("--data", videos, "--out", former, "--no-cache", *TINY)
+    assert call(train, *options, "--overwrite", "--num-epochs", 1)[0] == 0
+    found = contents(former)
+    runs = {f"Unet_checkpoint_{name}.pt" for name in ("epoch_1", "last", "best")}
+    events = {name for name in found if "tfevents" in name}
+    own = {"notes.txt", "Unet_checkpoint_mine.pt", "tensorboard/notes.txt"}
+    assert found.keys() == runs | own | events | {"log.csv"}
+    assert len(events) == 1
+    assert not events & before.keys()
+    assert all(found[name] == b"mine" for name in own)
+    assert [row["epoch"] for row in csv.DictReader(io.StringIO(found["log.csv"].decode()))] == ["1"]
+    assert call(train, *options, "--resume", "--num-epochs", 2)[0] == 0
+
+
 def test_tensorboard_has_the_classes_that_are_there_and_frames_beside_their_labels(
     finished, videos
 ):
