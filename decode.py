@@ -54,7 +54,8 @@ def read_frame(path: str | Path) -> Tensor:
         with Image.open(path, formats=["PNG"]) as png:
             _check_shape(path, png.width, png.height)
             sixteen_bits = any("16" in str(tile.args) for tile in png.tile)
-            if sixteen_bits or "transparency" in png.info:
+            # Of plain RGB one colour may be transparent, as Pillow writes a GIF: it is a colour.
+            if sixteen_bits or ("transparency" in png.info and png.mode != "RGB"):
                 raise UserError(f"{path}: not plain 8-bit RGB, convert the file.")
             png.fp.seek(12)
             if png.fp.read(4) != b"IHDR":  # pixels before it are decoded into nonsense

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
 from outputs import Outputs, provenance
 from scale import Scale, learned_size, scale_factor
-from utils import UserError, at_least, log_header, make_parser, run_script
+from utils import Stopped, UserError, at_least, log_header, make_parser, run_script
 from videos import Video, find_in_all
 
 
@@ -63,7 +64,12 @@ def main() -> int:
     videos = processes.share_out(videos)
 
     start = time.perf_counter()
-    done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
+    try:
+        done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
+    except KeyboardInterrupt:
+        again = shlex.join([*sys.argv, *(["--resume"] if not args.resume else [])])
+        words = f"\ninterrupted, what is done is kept; go on with: python {again}"
+        raise Stopped(words if processes.first else "", signal.SIGINT) from None
     seconds = time.perf_counter() - start
     rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
     processes.say(f"{done} videos, {frames} frames in {rate} -> {args.out}")
@@ -113,6 +119,10 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
         )
     outputs.out.mkdir(parents=True, exist_ok=True)
     if not outputs.resume:
+        if there := sum(outputs.has_files(video) for video in videos):
+            print(
+                f"{there} of {len(videos)} videos have masks, which are made again (--resume: kept)"
+            )
         return videos
     pending, reasons = outputs.pending(videos)
     print(f"{len(videos) - len(pending)} of {len(videos)} videos have their masks already")

@@ -28,6 +28,7 @@ from utils import UserError, no_memory
 NUM_ATTRIBUTES = sum(FACTOR_SIZES)  # 13 logits of what an object is
 FOLD = 2  # pixels each way that are folded into channels: no convolution runs at full resolution
 CONTRAST_CELLS = 5  # each way, that local contrast is relative to: 10 pixels, half an object
+FULL = 1.01  # what floats of white may be, rounded
 MAX_STAGES = 8  # whose cells are 256 pixels, to which frames are filled up
 
 
@@ -252,7 +253,17 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:
-        """Return labels (B, H, W) uint8 of frames (B, 3, H, W), uint8 or float in [0, 1]."""
+        """Return labels (B, H, W) uint8 of frames (B, 3, H, W), uint8 or float in [0, 1].
+
+        Raises:
+            UserError: frames of another shape, or floats beyond 1.
+        """
+        if frames.dim() != 4 or frames.shape[1] != 3:
+            shape = tuple(frames.shape)
+            raise UserError(f"frames are {shape}, not (B, 3, H, W): give one frame as frame[None]")
+        if frames.is_floating_point() and frames.numel() and frames.max() > FULL:
+            most = f"{float(frames.max()):g}"
+            raise UserError(f"frames are floats up to {most}: give uint8, or floats from 0 to 1")
         return self.labels(self.answers(frames))
 
     def fuse(self) -> "UNet":

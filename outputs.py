@@ -195,6 +195,10 @@ class Outputs:
         except (OSError, ValueError, AttributeError, RecursionError):
             return False
 
+    def has_files(self, video: Video) -> bool:
+        """Return whether something is there that would be written anew."""
+        return any(path.is_file() for path in self.files(video).values())
+
     def is_done(self, video: Video) -> bool:
         """Return whether the files of a video are kept; another run may have made them by now."""
         return self.resume and not self.stale_reason(video)

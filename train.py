@@ -354,9 +354,8 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
         within = f" and step {run.done}" if run.done else ""
         words.append(f"going on after epoch {run.epoch}{within}")
     else:
-        whose = f"the weights of {init}" if init else "nothing"
-        rate = f"a learning rate of up to {run.highest_rate:g}"
-        words.append(f"starting from {whose}, with {rate}")
+        words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
+    words.append(f"learning rate up to {run.highest_rate:g}")
     if run.epoch >= num_epochs:
         words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
     return "\n".join(words)

@@ -454,6 +454,25 @@ def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):
         np.testing.assert_array_equal(mask, whole[name])
 
 
+def test_masks_that_are_made_again_are_counted(run, tmp_path, data, ckpt):
+    arguments = "--ckpt", ckpt, "--data", data, "--out", tmp_path / "out"
+    assert "made again" not in run(*arguments)[1]
+    (tmp_path / "out/a/video_2/mask.npy").unlink()
+    assert "2 of 3 videos have masks, which are made again" in run(*arguments)[1]
+
+
+def test_ctrl_c_says_how_to_go_on(run, tmp_path, data, ckpt, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "label", interrupt)
+    status, _, err = run("--ckpt", ckpt, "--data", data, "--out", tmp_path / "out")
+    assert status == 130
+    assert err.strip().startswith("interrupted")
+    assert err.strip().endswith("--resume")
+    assert f"--out {tmp_path / 'out'}" in err
+
+
 def test_no_consistency_is_what_the_network_says(run, tmp_path, data, ckpt, network):
     arguments = "--ckpt", ckpt, "--data", data
     assert run(*arguments, "--out", tmp_path / "own", "--no-consistency")[0] == 0

@@ -110,6 +110,19 @@ def test_cells_are_a_power_of_two_wide(width, cells, pixels):
     assert cell_width(torch.zeros(1, 1, 1, cells), torch.zeros(1, 1, width)) == pixels
 
 
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        (torch.full((1, 3, 8, 8), 200.0), "floats up to 200: give uint8"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\(3, 8, 8\), not \(B, 3, H, W\)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "not"),
+    ],
+)
+def test_frames_that_are_none_are_a_sentence(frames, words):
+    with pytest.raises(UserError, match=words):
+        network().eval().predict(frames)
+
+
 @pytest.mark.parametrize("size", [(2, 2), (4, 20), (16, 6)])
 def test_the_mean_around_a_cell_is_over_those_in_the_frame(size):
     grey = torch.rand(2, 1, *size)

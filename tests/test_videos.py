@@ -500,6 +500,16 @@ def test_a_whole_video_or_a_sentence_that_names_the_file(data):
         read_video(list_video(data / "video_2"))
 
 
+def test_a_transparent_colour_of_plain_rgb_is_a_colour(data):
+    """As Pillow writes what was a GIF."""
+    path = data / "video_2/image_1.png"
+    picture = PIL.Image.open(path).convert("RGB")
+    picture.save(path, transparency=picture.getpixel((0, 0)))
+    assert b"tRNS" in path.read_bytes()
+    frame = read_video(list_video(data / "video_2"))[1]
+    assert np.array_equal(frame.permute(1, 2, 0), np.asarray(picture))
+
+
 def test_labelled_videos_are_those_with_a_mask_file(data):
     (data / "video0" / "mask.npy").unlink()
     (data / "video_2" / "mask.npy").unlink()
