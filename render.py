@@ -19,15 +19,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import (
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-)
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +44,12 @@ SETTINGS = "render.json"  # beside the videos: what made them
 # Where no data is given: short videos, since a network learns more from other objects than from
 # the same ones a moment later.
 DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 280, 11, (4, 10)
+KILLED = (
+    "a process that renders was killed, perhaps for lack of memory: the same command goes on; "
+    "if it happens again, give render.py fewer --workers"
+)
+TICK = 0.2  # seconds after which what is done is counted
+PATIENCE = 1.0  # seconds that a process has to end
 REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
@@ -116,12 +116,82 @@ def sweep(out: Path, video: str = "*") -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def start_pool(workers: int) -> Executor:
-    """Return so many processes that render, or this one where there can be no others."""
-    if why := why_alone():
-        print(f"one process renders ({why})", file=sys.stderr)
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)
+def render_share(jobs: list[tuple], told: Connection) -> None:
+    """Render videos, each by the arguments of `write_video`, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
+    try:
+        for job in jobs:
+            write_video(*job)
+    except Exception as error:
+        told.send(error)
+        sys.exit(1)
+
+
+def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
+    """Render videos in so many processes, each every so many-th of them.
+
+    There is nothing between the processes but a pipe for what failed: whatever ends this one, the
+    others can be ended at any moment, since a video is whole or not there.
+
+    Args:
+        jobs: Arguments of `write_video`.
+        workers: Processes.
+        bar: Counts the videos.
+
+    Raises:
+        UserError: a process was killed. What else failed in one is raised as it is.
+    """
+    context, shares = get_context("spawn"), [jobs[n::workers] for n in range(workers)]
+    running: dict[BaseProcess, Connection] = {}
+    resource_tracker.ensure_running()  # here, since its start lets Ctrl-C through again
+    try:
+        with without_ctrl_c():  # which they never get: this process ends them
+            for share in shares:
+                heard, told = context.Pipe(duplex=False)
+                process = context.Process(target=render_share, args=(share, told), daemon=True)
+                process.start()
+                told.close()
+                running[process] = heard
+        rest = [share[::-1] for share in shares]
+        while running:
+            wait([process.sentinel for process in running], TICK)
+            for share in rest:
+                while share and (share[-1][0] / f"video_{share[-1][1]}").exists():
+                    share.pop()
+                    bar.update()
+            for process in [process for process in running if process.exitcode is not None]:
+                heard = running.pop(process)
+                if process.exitcode:
+                    raise failure(heard)
+    finally:
+        end(list(running))
+
+
+def failure(heard: Connection) -> Exception:
+    """Return what a process said that has failed."""
+    try:
+        return heard.recv()
+    except EOFError:  # it could say nothing
+        return UserError(KILLED)
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """End processes at once; a Ctrl-C is not heard meanwhile, and after a first one never more."""
+    if not processes:
+        return
+    stopped = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    if main and not stopped:
+        signal.signal(signal.SIGINT, before)
 
 
 def follow_parent() -> None:
@@ -224,28 +294,20 @@ def render_dataset(
     claim(out, settings)
     sweep(out)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
-    workers = max(1, min(workers or default_workers(), len(todo)))
+    jobs = [(out, k, seed, objects, device, num_frames) for k in todo]
+    workers = min(workers or default_workers(), len(todo))
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
-    with bar, start_pool(workers) as pool:
-        jobs: list[Future] = []
-        try:
-            with without_ctrl_c():  # which workers never get: they end with their parent
-                for k in todo:
-                    video = out, k, seed, objects, device, num_frames
-                    jobs.append(pool.submit(write_video, *video))
-            for job in as_completed(jobs):
-                job.result()
+    with bar:
+        if why := why_alone() if todo else "":
+            print(f"one process renders ({why})", file=sys.stderr)
+            threads = torch.get_num_threads()
+            for job in jobs:
+                write_video(*job)
                 bar.update()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that renders was killed, perhaps for lack of memory: the same command "
-                "goes on; if it happens again, give render.py fewer --workers"
-            ) from None
-        except BaseException:
-            for job in jobs:  # a shutdown that is to cancel them forgets it when the pool is left
-                job.cancel()
-            raise
+            torch.set_num_threads(threads)
+        else:
+            render_in_processes(jobs, workers, bar)
 
 
 def render_demo() -> None:
