@@ -175,7 +175,7 @@ def main() -> None:
     """Score the predictions, print the report and write the JSON file."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what is compared").add_argument
-    add("--pred", type=Path, required=True, help="folder that infer.py wrote")
+    add("--pred", "--masks", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
     add("--proposals", type=Path, help="folder of CLEVRER's, as true labels (default: none)")
     add = parser.add_argument_group("files beside the report (default: none)").add_argument

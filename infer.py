@@ -1,6 +1,6 @@
 """Label videos with a trained network: a folder of PNGs becomes a folder of masks.
 
-    python infer.py --ckpt weights/clevr_unet.pt --out masks --data path
+    python infer.py --data path --out masks                            # by the shipped weights
     python infer.py --ckpt checkpoints/Unet_checkpoint_best.pt --out masks  # the data it learned
     python infer.py --ckpt file --out masks --data path --resume            # after an interruption
     torchrun --nproc-per-node=8 infer.py --ckpt file --out masks --data path  # on eight GPUs
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint
+from checkpoints import SHIPPED, load_checkpoint
 from dataset import CLEVRDataset
 from devices import Processes, choose_device
 from files import digest
@@ -170,7 +170,12 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    add("--ckpt", type=Path, required=True, help="weights: a file that train.py wrote")
+    add(
+        "--ckpt",
+        type=Path,
+        default=SHIPPED,
+        help="weights: a file that train.py wrote (default: those that come with the project)",
+    )
     add("--out", type=Path, required=True, help="folder for the masks")
     add(
         "--data",

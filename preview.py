@@ -254,11 +254,15 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what is shown").add_argument
-    add("--masks", type=Path, required=True, help="folder that infer.py wrote")
+    add("--masks", "--pred", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, nargs="+", required=True, help="folders of the videos, or video files")
     add("--every", type=at_least(1), default=1, help="as of infer.py (default: %(default)s)")
     add = parser.add_argument_group("what is made: one of the two, or both").add_argument
-    add("--out", type=Path, help="folder for the page that shows all videos (default: none)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for the page that shows all videos (default: preview; with --strip none)",
+    )
     add("--strip", type=Path, help="picture of four videos: .png, .webp or .gif (default: none)")
     add(
         "--width",
@@ -268,7 +272,7 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if not (args.out or args.strip):
-        parser.error("nothing to make: give --out, --strip or both")
+        args.out = Path("preview")
     return args
 
 

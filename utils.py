@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -40,6 +41,17 @@ CURES = {  # of what the system refuses
     errno.ENOTDIR: MOVE_FILE,
     errno.EEXIST: MOVE_FILE,
     errno.EISDIR: "move the folder away, or give another path",
+}
+
+
+HINTS = {  # options of other projects, and what they are called here
+    "--lr": "--learning-rate",
+    "--epochs": "--num-epochs",
+    "--bs": "--batch-size",
+    "--checkpoint": "--ckpt",
+    "--weights": "--ckpt",
+    "--output": "--out",
+    "--input": "--data",
 }
 
 
@@ -126,11 +138,21 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+class Parser(argparse.ArgumentParser):
+    """One that hints at the option of this project where one of others is given."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print a sentence and exit with status 2."""
+        for other, own in HINTS.items():
+            known = own in self._option_string_actions
+            if known and f"unrecognized arguments: {other}" in message.replace("=", " "):
+                message += f" (here it is {own})"
+        super().error(message)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser that knows --version and whose --help begins with a script's docstring."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--version",
         action="version",

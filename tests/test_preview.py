@@ -144,7 +144,6 @@ def test_wrong_folders_are_one_sentence(tmp_path, call):
         (data, masks, "--out", tmp_path / "o"): "no video in it",
         (data, data, "--out", tmp_path / "o"): r"run infer.py on them",
         (masks, data, "--strip", tmp_path / "s.bmp"): ".webp or .gif to move",
-        (masks, data): "give --out, --strip or both",
     }.items():
         status, _, err = call(preview, "--masks", arguments[0], "--data", *arguments[1:])
         assert (status, sentence in err) == (2, True), err
