@@ -6,6 +6,7 @@ tensors of the right shapes, and PyTorch reads it.
 
 import hashlib
 import io
+import itertools
 import logging
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ from utils import VERSION, UserError, no_memory
 
 SHIPPED = Path(__file__).parent / "weights" / "clevr_unet.pt"  # what comes with the project
 CHECKPOINT_FORMAT = 2  # raised when a key changes its meaning
+PREFIXES = "module.", "_orig_mod."  # of DistributedDataParallel and DataParallel, torch.compile
 logger = logging.getLogger(__name__)
 
 
@@ -75,9 +77,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The dict given to `save_checkpoint`, with its `format`, `version` (0.9.0 is the first that
-        is written there) and `digest`; a bare state_dict comes back as `{"model": state_dict,
-        "model_config": {}, "digest": ...}`, a UNet built with defaults. Where no digest was
-        written, a warning says so.
+        is written there) and `digest`. A bare state_dict, or one under the name `state_dict`,
+        `model_state_dict` or `model`, comes back as `{"model": state_dict, "model_config": {...},
+        "digest": ...}`, without prefixes of DistributedDataParallel and torch.compile and with
+        the widths of its weights. Where no digest was written, a warning says so.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another version's format.
@@ -93,14 +96,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for files that are not its own
         if isinstance(error, OSError) and error.filename:  # else it is torch's, of the content
             raise
+        if "Unsupported global" in str(error):
+            raise UserError(
+                f"{path} holds Python objects, perhaps a whole model, which are not read: they "
+                "could run code: give a file with its state_dict() alone"
+            ) from None
         raise UserError(
             f"{path} is damaged or not a checkpoint ({no_memory(error) or type(error).__name__}): "
             "give a file that train.py wrote"
         ) from None
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
-    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        checkpoint = {"model": checkpoint, "model_config": {}}
+    checkpoint = _as_ours(checkpoint)
     has_model = isinstance(checkpoint.get("model"), dict)
     found = checkpoint.get("format", CHECKPOINT_FORMAT)
     if not (has_model and isinstance(checkpoint.get("model_config"), dict) and type(found) is int):
@@ -114,6 +121,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     elif checkpoint["digest"] != true:
         raise UserError(f"{path} is damaged, what it holds is not what was saved: copy it anew")
     return checkpoint | {"digest": true}
+
+
+def _as_ours(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint as `save_checkpoint` gets it, whoever saved the weights of a UNet."""
+    if "model_config" in checkpoint:
+        return checkpoint
+    state = checkpoint
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(checkpoint.get(name), dict):
+            state = checkpoint[name]
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return checkpoint
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
+        state = {name[len(prefix) :]: value for name, value in state.items()}
+    first = (state.get(f"encoder.{k}.0.conv1.weight") for k in itertools.count())
+    widths = [len(weight) for weight in itertools.takewhile(lambda w: w is not None, first)]
+    return {"model": state, "model_config": {"widths": widths} if widths else {}}
 
 
 def is_finite(state: dict[str, torch.Tensor]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from checkpoints import CHECKPOINT_FORMAT, digest, load_checkpoint, save_checkpoint
+from model import UNet
 from utils import VERSION, UserError
 
 SHIPPED = ROOT / "weights/clevr_unet.pt"
@@ -134,3 +135,21 @@ def test_a_checkpoint_without_a_digest_loads_and_says_so(tmp_path, caplog):
     assert caplog.messages == [
         f"{tmp_path / 'old.pt'} has no digest of its own: whether it is undamaged is not known"
     ]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("name", [None, "state_dict", "model_state_dict", "model"])
+def test_weights_as_others_save_them(prefix, name, tmp_path):
+    network = UNet((8, 12, 16))
+    state = {prefix + key: value for key, value in network.state_dict().items()}
+    optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
+    torch.save({name: state, "optimizer": optimizer, "epoch": 3} if name else state, tmp_path / "x")
+    found = UNet.load(tmp_path / "x")
+    assert found.config == {"widths": [8, 12, 16]}
+    assert all(map(torch.equal, found.state_dict().values(), network.state_dict().values()))
+
+
+def test_a_whole_model_is_named_as_what_it_is(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt holds Python objects, .*: give .* state_dict"):
+        load_checkpoint(tmp_path / "x.pt")
