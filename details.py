@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from classes import FACTOR_SIZES, NUM_CLASSES, from_factors
+from classes import NUM_CLASSES
 from devices import to_cpu
 from model import NUM_ATTRIBUTES, Answer
 from scale import View, pack, resize
-from tracks import occupied
+from tracks import likeliest, occupied
 
 FINER = 2  # times the scale of the first look, at which larger frames are looked at again
 CELL = 2  # pixels of the first look
@@ -57,6 +57,18 @@ class Windows(NamedTuple):
     def corners(self) -> Iterator[tuple[int, int, int]]:
         """Yield frame, top and left of each."""
         return zip(self.frame.tolist(), self.top.tolist(), self.left.tolist(), strict=True)
+
+    def cut(self, maps: Tensor, coarser: int = 1, more: int = 0) -> list[Tensor]:
+        """Return what each shows of maps (N, ..., H, W).
+
+        Args:
+            maps: At a scale that is so many times `coarser` than that of the windows.
+            coarser: See there.
+            more: Rows and columns of them beyond the end of a window.
+        """
+        rows, columns = (side // coarser + more for side in self.sides)
+        corners = ((n, y // coarser, x // coarser) for n, y, x in self.corners())
+        return [maps[n, ..., y : y + rows, x : x + columns] for n, y, x in corners]
 
     def inner(self) -> Iterator[tuple[slice, slice]]:
         """Yield which rows and columns of each count: all but a margin, within the picture."""
@@ -119,8 +131,7 @@ def answer_windows(
 
     They are looked at in full batches; the last is filled up with its last window.
     """
-    height, width = windows.sides
-    shown = [picture[n, :, y : y + height, x : x + width] for n, y, x in windows.corners()]
+    shown = windows.cut(picture)
     count, full = len(shown), WINDOWS_AT_ONCE[windows.scale]
     shown += shown[-1:] * (-count % full)
     batches = (torch.stack(shown[start : start + full]) for start in range(0, count, full))
@@ -166,9 +177,8 @@ def border_cells(objects: Tensor, evidence: Tensor) -> np.ndarray:
     cells, margin = occupied(objects), SURROUNDINGS
     cells = F.pad(cells, [margin] * 4).numpy()
     at = np.flatnonzero(cells)
-    best = (logits.argmax(dim=1) for logits in evidence.float().split(FACTOR_SIZES, dim=1))
     kinds = np.zeros(cells.size, np.uint8)
-    kinds[at] = from_factors(*best).numpy()
+    kinds[at] = likeliest(evidence).numpy()
 
     # Cells beside another kind: most borders are within one object, noise of a few cells.
     columns, own = cells.shape[2], kinds[at]
@@ -220,9 +230,7 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
         size: Height and width of the first look.
     """
     cell, picture, aside = CELL * scale, tuple(scale * side for side in size), int(scale == 1)
-    limits = [
-        (side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]
-    ]  # cells that they hold
+    limits = [(side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]]  # cells each way
     frames, spans = [], []
     while cells.shape[1]:
         frame, row, column = cells
@@ -276,24 +284,17 @@ def edges(
     coarse, margin = coarse.float(), 1
     objects = coarse[:, 0] > 0
     surely, maybe = ~dilated(~objects), dilated(objects)  # an object all around; somewhere around
-    coarse = F.pad(coarse, [margin] * 4, mode="replicate")[:, 0]
+    coarse = F.pad(coarse, [margin] * 4, mode="replicate")
     picture = tuple(FINER * side for side in surely.shape[1:])
     result = torch.full((len(coarse), 1, *picture), -1.0)
     for windows, logits in zip(groups, fine, strict=True):
-        rows, columns = (side // FINER for side in windows.sides)
-        corners = [(n, y // FINER, x // FINER) for n, y, x in windows.corners()]
-
-        def shown(maps: Tensor, more: int = 0, at: tuple = (corners, rows, columns)) -> Tensor:
-            corners, rows, columns = at
-            parts = [maps[n, y : y + rows + more, x : x + columns + more] for n, y, x in corners]
-            return torch.stack(parts)[:, None]
-
-        first = F.interpolate(shown(coarse, 2 * margin), scale_factor=FINER, mode="bilinear")
+        first = torch.stack(windows.cut(coarse, FINER, 2 * margin))
+        first = F.interpolate(first, scale_factor=FINER, mode="bilinear")
         edge = margin * FINER
         logits = logits[:, 0].float() + FIRST_SHARE * first[:, 0, edge:-edge, edge:-edge]
+        inside, near = (torch.stack(windows.cut(maps, FINER)) for maps in (surely, maybe))
         inside, near = (
-            F.interpolate(shown(maps).byte(), scale_factor=FINER)[:, 0].bool()
-            for maps in (surely, maybe)
+            maps.repeat_interleave(FINER, 1).repeat_interleave(FINER, 2) for maps in (inside, near)
         )
         logits = torch.where(inside, 1.0, torch.where(near, logits, -1.0))
         for n, ((frame, top, left), (rows, columns)) in enumerate(

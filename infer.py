@@ -35,7 +35,7 @@ from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
 from outputs import Outputs, provenance
 from scale import Scale, learned_size, scale_factor
-from utils import Stopped, UserError, at_least, log_header, make_parser, run_script
+from utils import Stopped, UserError, at_least, log_header, make_parser, resuming, run_script
 from videos import Video, find_in_all
 
 
@@ -67,8 +67,7 @@ def main() -> int:
     try:
         done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
     except KeyboardInterrupt:
-        again = shlex.join([*sys.argv, *(["--resume"] if not args.resume else [])])
-        words = f"\ninterrupted, what is done is kept; go on with: python {again}"
+        words = f"\ninterrupted, what is done is kept; go on with: python {resuming()}"
         raise Stopped(words if processes.first else "", signal.SIGINT) from None
     seconds = time.perf_counter() - start
     rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"

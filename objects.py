@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classes import FACTOR_SIZES, NUM_KINDS, from_factors
-from tracks import MEMBERS, TOLERANCE, Parts, link, occupied, parts_of, sums
+from classes import FACTOR_SIZES, NUM_KINDS
+from tracks import MEMBERS, TOLERANCE, Parts, likeliest, link, occupied, parts_of, sums
 
 NEW_CLASS = 4.0  # nats that a further class of the video costs
 APART = 0.6  # nats against one object being seen in two pieces
@@ -98,8 +98,7 @@ def by_frame(objects: Tensor, evidence: Tensor) -> Objects:
     """
     cells = occupied(objects)
     ids = cells.to(torch.uint8)
-    best = (logits.argmax(dim=1) for logits in evidence.split(FACTOR_SIZES, dim=1))
-    ids[cells] = from_factors(*best).to(torch.uint8)
+    ids[cells] = likeliest(evidence).to(torch.uint8)
     height, width = objects.shape[-2:]
     pixels = ids.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
     return Objects(pixels * objects, {})

@@ -2,9 +2,7 @@
 
 import copy
 import re
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from devices import Processes
 from log import BOARD, LOG, MeanLoss
 from model import UNet
 from optim import MuonAdamW, learning_rate_at
-from utils import Stopped, UserError, no_memory
+from utils import Stopped, UserError, no_memory, resuming
 
 CHECKPOINT_EVERY = 5  # epochs
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -320,8 +318,7 @@ class Keeper:
         if not self.processes.first:
             return Stopped("", number)
         launcher = "python" if self.processes.count == 1 else "torchrun ..."
-        arguments = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
         within = f"step {self.run.done} of epoch {self.run.epoch + 1}"
         where = within if self.run.done else f"epoch {self.run.epoch}"
-        command = f"{launcher} {shlex.join(arguments)}"
+        command = f"{launcher} {resuming()}"
         return Stopped(f"\nstopped after {where}, all is saved; go on with: {command}", number)

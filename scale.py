@@ -27,7 +27,6 @@ SQUARE = 0.05  # of the height, that the width of a square differs from it
 SQUEEZED, CUT = "squeezed to a square", "cut to a square"
 REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
-FRAMES_AT_ONCE = 64  # whose labels are brought to their own size
 NO_OBJECT = 255  # where no object is; 0 is one that was dropped
 
 
@@ -154,28 +153,20 @@ def pack(outlines: Tensor) -> Tensor:
 
 
 def fill(labels: Tensor, objects: Tensor, packed: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return labels in the size of the frames, (T, H, W) uint8, as `fill_some` a few at a time."""
-    result = torch.empty((len(labels), *size), dtype=torch.uint8)
-    for start in range(0, len(labels), FRAMES_AT_ONCE):
-        some = slice(start, start + FRAMES_AT_ONCE)
-        bits = np.unpackbits(packed[some].numpy(), axis=-1, count=size[1])
-        outlines = torch.from_numpy(bits).bool()
-        result[some] = fill_some(labels[some], objects[some], outlines)
-    return result
-
-
-def fill_some(labels: Tensor, objects: Tensor, outlines: Tensor) -> Tensor:
     """Return labels in the size of the frames, (T, H, W) uint8: each pixel that of what is nearest.
 
     Args:
         labels: (T, h, w) uint8 ids at the scale of the network.
         objects: (T, h, w) bool, where it sees an object, be it labelled or dropped.
-        outlines: (T, H, W) bool, where there is an object in the frames.
+        packed: Where there is an object in the frames, as of `pack`.
+        size: Height and width of the frames.
     """
+    outlines = np.unpackbits(packed.numpy(), axis=-1, count=size[1])
+
     # The pixels to fill, and where their centres lie in pixels of the network's scale.
-    shape = tuple(outlines.shape)
+    shape = outlines.shape
     height, width = labels.shape[1:]
-    where = np.flatnonzero(outlines.numpy())
+    where = np.flatnonzero(outlines)
     line, column = np.divmod(where, shape[2])
     t, row = np.divmod(line, shape[1])
     y = (row + 0.5) * (height / shape[1]) - 0.5

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from classes import FACTOR_SIZES, NUM_CLASSES, from_factors
-from tracks import occupied
+from classes import NUM_CLASSES
+from tracks import likeliest, occupied
 
 BLOCK = 8  # pixels each way that the ground is averaged over: noise matters little then
 CELLS = 8  # of 2 x 2 pixels that a kind of object has at least to count
@@ -39,8 +39,8 @@ def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
         return False
     cells = occupied(objects)
     frame = torch.nonzero(cells)[:, 0]
-    kind = from_factors(*(logits.argmax(dim=1) for logits in evidence.split(FACTOR_SIZES, dim=1)))
-    count = torch.bincount(frame * NUM_CLASSES + kind, minlength=len(objects) * NUM_CLASSES)
+    kind = frame * NUM_CLASSES + likeliest(evidence)
+    count = torch.bincount(kind, minlength=len(objects) * NUM_CLASSES)
     there = count.view(-1, NUM_CLASSES).numpy() >= CELLS
     fewer = np.minimum(there[1:].sum(axis=1), there[:-1].sum(axis=1))
     shared = (there[1:] & there[:-1]).sum(axis=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from classes import FACTOR_SIZES, NUM_CLASSES, NUM_KINDS, factors
+from classes import FACTOR_SIZES, NUM_CLASSES, NUM_KINDS, factors, from_factors
 
 # Parts.
 FRAMES_AT_ONCE = 64  # that are cut into parts
@@ -98,6 +98,11 @@ def gather(objects: Tensor, attributes: Tensor) -> Tensor:
         (n, 13), on the device of the arguments: a twentieth of `attributes`.
     """
     return attributes.movedim(1, -1)[occupied(objects)]
+
+
+def likeliest(evidence: Tensor) -> Tensor:
+    """Return the ids 1..48 that cells, (n, 13) logits, read as by themselves, (n,) int64."""
+    return from_factors(*(part.argmax(dim=1) for part in evidence.float().split(FACTOR_SIZES, 1)))
 
 
 def parts_of(objects: np.ndarray, evidence: Tensor, unit: float = 1.0) -> tuple[Parts, np.ndarray]:

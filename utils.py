@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,11 @@ class Stopped(Exception):  # noqa: N818 - not an error: all is saved
     def __init__(self, text: str, signal_number: int):
         super().__init__(text)
         self.status = 128 + signal_number
+
+
+def resuming() -> str:
+    """Return the arguments of this command with --resume, as a shell takes them."""
+    return shlex.join(sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"])
 
 
 def run_script(main: Callable[[], int | None]) -> None:
