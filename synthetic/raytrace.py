@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from synthetic.scene import LAMP_RADIUS, SHRINK, SMALL, Scene, dot, unit
+from synthetic.scene import SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
-LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance of each lamp in metal
+LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance around each lamp in metal
+# Flat metal shows the area of a lamp itself, white in metal of any colour. Measured on two real
+# videos, on the fill lamp: its radiance, its half width and half height in radians.
+LAMP_AREA, LAMP_SIZE = np.array([20.0, 20.0, 20.0, 0.0]), (0.048, 0.035)
 AMBIENT, BOUNCE = 0.047, 0.23  # light from everywhere above, and from the ground below
 RUBBER, METAL = 1.08, 0.96  # share of light that comes back, relative to the ground
 SKY, HAZE, HAZE_WIDTH = 0.022, 0.08, 0.5  # metal sees a dark sky, brighter far ahead (radians)
@@ -131,7 +134,7 @@ def irradiance(
     total = ambient(point, normal)
     for lamp in range(len(scene.lamp)):
         jitter = torch.randn(point.shape, generator=random, device=point.device)
-        source = scene.lamp[lamp] + 0.5 * LAMP_RADIUS[lamp] * jitter
+        source = scene.lamp[lamp] + 0.5 * scene.lamp_radius[lamp] * jitter
         light = lamp_light(scene, lamp, point, normal)
         lit = (light[:, 0] > 0).nonzero()[:, 0]
         rays = Rays(point[lit], unit(source[lit] - point[lit]), frame[lit])
@@ -142,13 +145,22 @@ def irradiance(
     return total
 
 
-def reflection(scene: Scene, rays: Rays, skip: Tensor, random: Generator) -> Tensor:
-    """Radiance (M, 3) along rays that leave metal: lamps in a dark sky, the ground, or objects."""
+def reflection(
+    scene: Scene, rays: Rays, skip: Tensor, random: Generator, bounces: int = 1
+) -> Tensor:
+    """Radiance (M, 3) along rays that leave metal: lamps in a dark sky, the ground, or objects.
+
+    Metal in metal is metal for so many `bounces`; after them it passes for rubber.
+    """
     direction = rays.direction
     seen = SKY + HAZE * torch.exp((direction[:, 1:2] - 1) / HAZE_WIDTH**2).repeat(1, 3)
     for lamp in range(len(scene.lamp)):
-        angle = 2 - 2 * dot(unit(scene.lamp[lamp] - rays.origin), direction)  # squared, if small
+        to = unit(scene.lamp[lamp] - rays.origin)
+        angle = 2 - 2 * dot(to, direction)  # squared, if small
         image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
+        across = dot(direction, unit(F.pad(to[:, :2].flip(1) * to.new_tensor([1, -1]), (0, 1)))) ** 2
+        off = across / LAMP_SIZE[0] ** 2 + (angle - across).clamp(min=0) / LAMP_SIZE[1] ** 2
+        image += LAMP_AREA[lamp] * torch.exp(-(off**2))  # an ellipse with a soft edge
         seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
     ray, which = near(scene, rays, skip=skip)
     t, hit = first_hit(ray, which, intersect(scene, rays.take(ray), which), rays)
@@ -158,23 +170,28 @@ def reflection(scene: Scene, rays: Rays, skip: Tensor, random: Generator) -> Ten
     up = t.new_tensor([0.0, 0.0, 1.0]).expand(len(m), 3)
     seen[m] = irradiance(scene, point[m], up, rays.frame[m], hit[m], random)
     m = (hit >= 0).nonzero()[:, 0]
-    normal = surface_normal(scene, point[m], rays.frame[m], hit[m])
-    light = irradiance(scene, point[m], normal, rays.frame[m], hit[m], random)
-    seen[m] = scene.albedo[hit[m]] * light  # metal in metal passes for rubber
+    seen[m] = shade(scene, rays.take(m), t[m], hit[m], random, bounces - 1)
     return seen
 
 
-def shade(scene: Scene, rays: Rays, t: Tensor, which: Tensor, random: Generator) -> Tensor:
-    """Linear colour (M, 3) of the objects `which` (M,) that rays meet at distance `t` (M,)."""
+def shade(
+    scene: Scene, rays: Rays, t: Tensor, which: Tensor, random: Generator, bounces: int = 1
+) -> Tensor:
+    """Linear colour (M, 3) of the objects `which` (M,) that rays meet at distance `t` (M,).
+
+    `bounces`: as of `reflection`, below 0 all metal passes for rubber.
+    """
     view, frame = rays.direction, rays.frame
     point = rays.origin + t[:, None] * view
     normal, light = surface_normal(scene, point, frame, which), torch.empty_like(point)
-    metal = scene.metal[which]
+    metal = scene.metal[which] & (bounces >= 0)
     m = (~metal).nonzero()[:, 0]
     light[m] = RUBBER * irradiance(scene, point[m], normal[m], frame[m], which[m], random)
+    if bounces < 0:
+        return scene.albedo[which] * light
     m = metal.nonzero()[:, 0]
     mirrored = unit(view[m] - 2 * dot(view[m], normal[m])[:, None] * normal[m])
-    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m]), which[m], random)
+    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m]), which[m], random, bounces)
     return scene.albedo[which] * light
 
 
@@ -186,7 +203,7 @@ def lamp_points(scene: Scene, pixels: int, random: Generator) -> Tensor:
     angle = angle + k * math.pi * (3 - 5**0.5)  # the golden angle, as in a sunflower
     side = unit(torch.linalg.cross(scene.facing, angle.new_tensor([[0.0, 0.0, 1.0]])))
     top = torch.linalg.cross(side, scene.facing)
-    radius = angle.new_tensor(LAMP_RADIUS)[:, None, None]
+    radius = scene.lamp_radius[:, None, None]
     u, v = (radius * ((k + 0.5) / SAMPLES).sqrt() * f(angle) for f in (torch.cos, torch.sin))
     side, top, lamp = (w[:, None, None] for w in (side, top, scene.lamp))
     return lamp + u[..., None] * side + v[..., None] * top
@@ -206,7 +223,7 @@ def ground_light(
     size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
     for lamp in range(len(scene.lamp)):
         to = scene.lamp[lamp] - middle
-        slack = size + 1.2 * LAMP_RADIUS[lamp] / dot(to, to).sqrt()  # penumbra below an object
+        slack = size + 1.2 * scene.lamp_radius[lamp] / dot(to, to).sqrt()  # penumbra below an object
         origin, to = middle.repeat(len(frames), 1), unit(to).repeat(len(frames), 1)
         rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
         block, which = near(scene, rays, slack.repeat(len(frames)))

@@ -35,7 +35,7 @@ SHRINK, SMALL = 0.07, 0.0267  # SMALL: 8 pixels in a frame 240 wide
 # One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky: it
 # makes the dark core of real shadows, close to the right of what stands there.
 LAMP_POSITION = np.array(
-    [[-8.2, -4.2, 10.1], [-8.5, 21.0, 6.3], [5.9, 13.0, 13.8], [-48, -12, 108]]
+    [[-8.2, -4.2, 10.1], [-8.0, 21.0, 5.94], [5.9, 13.0, 13.8], [-48, -12, 108]]
 )
 LAMP_POWER = np.array([[33.5, 31.6, 26.9], [5.1, 5.3, 7.3], [11.6, 12.1, 11.8], [1540, 1540, 1540]])
 LAMP_RADIUS = np.array([0.8, 0.8, 0.8, 24.0])
@@ -52,8 +52,13 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
-AT_BORDER, BEHIND = 0.05, 0.04  # shares of objects that rest cut by the picture's end, or hidden
+AT_BORDER, BEHIND = 0.07, 0.04  # shares of objects that rest cut by the picture's end, or hidden
 GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it looks like its shadow
+# Where a flat metal top shows the fill lamp, and in which share of the videos one begins there.
+SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
+# CLEVR's own stills have objects of two sizes, here in CLEVRER's, a camera that is moved about and
+# harder shadows: this share of the videos is like them.
+CLEVR_LIKE, CLEVR_SIZES = 0.12, (0.87, 1.75)
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
@@ -73,6 +78,7 @@ class Scene(NamedTuple):
     ids: Tensor  # (N,) uint8 class ids
     lamp: Tensor  # (L, 3) positions
     facing: Tensor  # (L, 3) of length 1
+    lamp_radius: Tensor  # (L,)
     power: Tensor  # (L, 3) linear colour
     eye: Tensor  # (3,) position of the camera
     axes: Tensor  # (3, 3) its right, up, and forward
@@ -101,8 +107,9 @@ def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         outside = rng.uniform(-0.5, 0.25)  # so far out that a sliver of 0.15 is in view
         depth = math.cos(CAMERA_PITCH) * y + math.sin(CAMERA_PITCH) * (CAMERA_HEIGHT - 0.4)
         x = rng.choice([-1, 1]) * (depth / (2 * FOCAL_LENGTH) + outside)
-        at_side = rng.random() < 0.7
-        return np.array([x, y] if at_side else [point[0], NEAREST - outside]), np.zeros(2)
+        below = NEAREST - rng.uniform(-0.5, 1.1)  # a top is seen when the rest is below the edge
+        at_side = rng.random() < 0.5
+        return np.array([x, y] if at_side else [below * rng.uniform(-0.4, 0.4), below]), np.zeros(2)
     if fate < 0.6:  # rests until something hits it
         return point, np.zeros(2)
     if fate < 0.72:  # slides from the start
@@ -133,9 +140,9 @@ def collide(
 
 
 def simulate(
-    rng: np.random.Generator, radii: np.ndarray, num_frames: int
+    rng: np.random.Generator, radii: np.ndarray, num_frames: int, at_spot: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slide, spin, and collide discs of the given radii.
+    """Slide, spin, and collide discs of the given radii; with `at_spot` the first begins at SPOT.
 
     Returns positions (num_frames, N, 2), angles (num_frames, N) in radians, and the indices (N,) of
     the discs that found a place: a crowd too dense loses some.
@@ -144,6 +151,9 @@ def simulate(
     for i, radius in enumerate(radii):
         for _ in range(300):
             point, velocity = place(rng)
+            if at_spot and i == 0:  # half of them rest there
+                point = rng.normal(SPOT, SPOT_SPREAD)
+                velocity = rng.normal(0, 0.25, 2) * (rng.random() < 0.5)
             resting = [p for p, speed in start.values() if not speed.any()]
             if resting and rng.random() < BEHIND:  # seen from the camera, above (0, 0)
                 other = resting[rng.integers(len(resting))]
@@ -185,33 +195,42 @@ def make_scene(
     first = gray_metal & (rng.random(len(ids)) < GRAY_METAL)
     ids = np.concatenate([ids[first], ids[~first]])
     ids = ids[: rng.integers(objects[0], objects[1] + 1)]
-    xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]], num_frames)
-    ids = ids[kept]
+    shape, material, _ = factors(ids)
+    flat = (material == MATERIALS.index("metal")) & (shape != SHAPES.index("sphere"))
+    at_spot = bool(flat.any()) and rng.random() < AT_SPOT
+    if at_spot:  # the first of them goes first
+        ids = np.roll(ids, -flat.argmax())
+    like_clevr = rng.random() < CLEVR_LIKE
+    size = rng.choice(CLEVR_SIZES, len(ids)) if like_clevr else np.ones(len(ids))
+    xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]] * size, num_frames, at_spot)
+    ids, size = ids[kept], size[kept]
     shape, material, colour = factors(ids)
-    z = np.broadcast_to(CENTRE_HEIGHT[shape], angle.shape)
-    pitch, roll = CAMERA_PITCH + rng.normal(0, 0.008), rng.normal(0, 0.006)
+    z = np.broadcast_to(CENTRE_HEIGHT[shape] * size, angle.shape)
+    strays = 3 if like_clevr else 1  # times as far
+    pitch, roll = CAMERA_PITCH + strays * rng.normal(0, 0.008), rng.normal(0, 0.006)
     up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
     forward = np.array([0, math.cos(pitch), -math.sin(pitch)])
     c, s = math.cos(roll), math.sin(roll)
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
     nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
-    albedo = nominal * np.exp(rng.normal(0, 0.05, nominal.shape))
+    albedo = nominal * np.exp(rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1)))
     lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
     return Scene(
         centre=tensor(np.dstack([xy, z])),
         turn=tensor(np.dstack([np.cos(angle), np.sin(angle)])),
-        half=tensor(HALF[shape]),
-        radius=tensor(RADIUS[shape]),
+        half=tensor(HALF[shape] * size[:, None]),
+        radius=tensor(RADIUS[shape] * size),
         round=tensor(shape == SHAPES.index("sphere")),
-        reach=tensor(BOUND[shape]),
+        reach=tensor(BOUND[shape] * size),
         albedo=tensor(albedo),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
         narrow=tensor(NARROW[shape]),
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
+        lamp_radius=tensor(LAMP_RADIUS * (rng.uniform(0.2, 1.0) if like_clevr else 1.0)),
         power=tensor(LAMP_POWER * np.exp(brightness)),
-        eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + rng.normal(0, 0.12, 3)),
+        eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + strays * rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
-        focal=FOCAL_LENGTH * width * math.exp(rng.normal(0, 0.02)),
+        focal=FOCAL_LENGTH * width * math.exp(strays * rng.normal(0, 0.02)),
     )
