@@ -27,8 +27,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from bench.speed import (
 from checkpoints import SHIPPED
 from model import UNet
 from optim import USUAL_BATCH
-from render import DEMO_DATA, render_demo
+from render import DEMO_DATA, end, render_demo, without_ctrl_c
 from videos import Video, find_videos
 
 try:
@@ -80,8 +80,31 @@ def installed(names: Sequence[str]) -> list[str]:
 
 def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
     """Return job(*args), run in a process of its own: a peak of memory never falls again."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(job, *args).result()
+    context = get_context("spawn")
+    heard, told = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(told, job, args), daemon=True)
+    with without_ctrl_c():  # this process ends it
+        process.start()
+    told.close()
+    try:
+        result = heard.recv()
+    except EOFError:
+        raise utils.UserError(
+            "a process that measures was killed, perhaps for lack of memory"
+        ) from None
+    finally:
+        end([process])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _tell(told: Connection, job: Callable[..., int | None], args: tuple) -> None:
+    """Send what job(*args) returns or raises."""
+    try:
+        told.send(job(*args))
+    except Exception as error:
+        told.send(error)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -13,11 +13,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from decode import read_frame
 from devices import in_threads
 from files import atomic_write, delete_leftovers, digest, file_state
 from proposals import check_names, file_name, has_proposals, load_proposed
-from utils import UserError, make_parser, run_script
+from utils import UserError, counted, make_parser, run_script
 from videos import (
     MASK,
     MASKS,
@@ -50,6 +51,7 @@ PROPOSED_EVERY = 6  # frames of CLEVRER: so the course's data set was made
 OF_OTHER_PROCESSES = []  # clips that a process was forked with
 BAR = {"leave": False, "disable": None, "unit": "video"}  # no progress bar in a log file
 logger = logging.getLogger(__name__)
+_BOTH = "transform(image, mask) returns both, as the transforms of torchvision.transforms.v2 do"
 
 
 class CLEVRDataset(Dataset):
@@ -93,6 +95,7 @@ class CLEVRDataset(Dataset):
         cache: str | Path | bool = True,
         proposals: str | Path | None = None,
     ):
+        _check_transform(transform, labelled)
         self.transform, self.labelled = transform, labelled
         self.skipped: dict[Path, str] = {}
         self._cached: dict[Path, tuple[Path | None, tuple[int, ...]]] = {}  # file, (T, 4, H, W)
@@ -223,6 +226,10 @@ class CLEVRDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | Tensor:
+        if isinstance(i, slice):
+            raise UserError(
+                "an item is one frame: give a number, or torch.utils.data.Subset(dataset, range(3))"
+            )
         v, t = self.index[i]
         if not self.labelled:
             clip = self.videos[v].is_clip
@@ -233,7 +240,10 @@ class CLEVRDataset(Dataset):
             from torchvision.tv_tensors import Image, Mask  # a second; plain tensors need none
 
             kinds = zip((Image, Mask), sample, strict=False)
-            return self.transform(*(kind(part) for kind, part in kinds))
+            changed = self.transform(*(kind(part) for kind, part in kinds))
+            if self.labelled and not (isinstance(changed, (tuple, list)) and len(changed) == 2):
+                raise UserError(f"{_BOTH}, not {type(changed).__name__}")
+            return changed
         return tuple(sample) if self.labelled else sample[0]
 
     def video(self, v: int) -> Tensor:
@@ -331,6 +341,24 @@ def split_videos(
     )
 
 
+def _check_transform(transform: Callable | None, labelled: bool) -> None:
+    """Raise UserError for one that does not take an image, and a mask if `labelled`."""
+    if transform is None:
+        return
+    if type(transform).__module__.startswith("albumentations"):
+        raise UserError(
+            f"{_BOTH}; Albumentations' take NumPy arrays by name: call it in a function of yours"
+        )
+    call = transform.forward if isinstance(transform, nn.Module) else transform
+    try:
+        signature(call).bind(*range(1 + labelled))
+    except TypeError:
+        what = _BOTH if labelled else "with labelled=False transform(image) gets an image alone"
+        raise UserError(f"{what}: {type(transform).__name__} does not take that") from None
+    except ValueError:  # nothing says what it takes
+        return
+
+
 def _cache_root(cache: str | Path | bool) -> Path | None:
     if cache is True:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clevr-unet"
@@ -366,7 +394,8 @@ def print_report(path: str | Path) -> int:
         size = size_text(r.size) if r.size else "no readable frame"
         mask = "labelled" if r.video.labelled else f"without {MASK}"
         kinds[f"{r.video.path.parent}", f"{r.count} frames, {size}, {mask}"] += 1
-    print(f"{path}: {len(reports)} videos, {sum(r.count for r in reports)} frames")
+    frames = counted(sum(r.count for r in reports), "frame")
+    print(f"{path}: {counted(len(reports), 'video')}, {frames}")
     for (folder, kind), count in kinds.items():
         print(f"  {folder}: {count} x {kind}")
     present = Counter(i for r in reports for i in r.classes)
@@ -374,6 +403,11 @@ def print_report(path: str | Path) -> int:
     print(f"classes present: {len(present)} of {NUM_CLASSES}{titles}")
     for i in sorted(present):
         print(f"  {i:2}  {CLASS_NAMES[i]:22}{present[i]:6}")
+    if gray := [str(r.video) for r in reports if r.gray]:
+        print(
+            f"gray, so that nobody can tell the colour of an object: {counted(len(gray), 'video')}"
+        )
+        print("\n".join(f"  {video}" for video in gray))
     faulty = [r for r in reports if r.faults]
     print(f"videos with faults: {len(faulty)}")
     for r in faulty:

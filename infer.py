@@ -35,7 +35,16 @@ from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
 from model import UNet
 from outputs import Outputs, provenance
 from scale import Scale, learned_size, scale_factor
-from utils import Stopped, UserError, at_least, log_header, make_parser, resuming, run_script
+from utils import (
+    Stopped,
+    UserError,
+    at_least,
+    counted,
+    log_header,
+    make_parser,
+    resuming,
+    run_script,
+)
 from videos import Video, find_in_all
 
 
@@ -71,13 +80,14 @@ def main() -> int:
         raise Stopped(words if processes.first else "", signal.SIGINT) from None
     seconds = time.perf_counter() - start
     rate = f"{seconds:.1f} s ({frames / seconds:.1f} frames/s)"
-    processes.say(f"{done} videos, {frames} frames in {rate} -> {args.out}")
+    processes.say(f"{counted(done, 'video')}, {counted(frames, 'frame')} in {rate} -> {args.out}")
     if processes.first and done and not args.no_masks:
-        look = ["python", "preview.py", "--masks", args.out, "--data", *roots, "--out", "preview"]
+        script = Path(sys.argv[0]).with_name("preview.py")
+        look = ["python", script, "--masks", args.out, "--data", *roots, "--out", "preview"]
         look += ["--every", args.every] if args.every > 1 else []
         print(f"look at them: {shlex.join(map(str, look))}")
     if skipped and processes.first:
-        print(f"{skipped} videos skipped, see above", file=sys.stderr)
+        print(f"{counted(skipped, 'video')} skipped, see above", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -109,12 +119,12 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
     if count > 1:
         shares = [int(digest(os.fsencode(video.target)), 16) % count for video in videos]
         videos = [v for v, share in zip(videos, shares, strict=True) if share == number - 1]
-        print(f"share {number} of {count}: {len(videos)} of {len(shares)} videos")
+        print(f"share {number} of {count}: {len(videos)} of {counted(len(shares), 'video')}")
     gaps = [str(video) for video in videos if video.missing and not video.labelled]
     if gaps:
         print(
-            f"{len(gaps)} videos do not begin at frame 0 or have gaps, and are labelled in the "
-            f"order of their numbers: {', '.join(gaps[:3])}{', ...' if len(gaps) > 3 else ''}"
+            f"{counted(len(gaps), 'video')} without frame 0 or with gaps, labelled in the order of "
+            f"the numbers: {', '.join(gaps[:3])}{', ...' if len(gaps) > 3 else ''}"
         )
     outputs.out.mkdir(parents=True, exist_ok=True)
     if not outputs.resume:
@@ -126,7 +136,7 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
     pending, reasons = outputs.pending(videos)
     print(f"{len(videos) - len(pending)} of {len(videos)} videos have their masks already")
     for reason, count in reasons.items():
-        print(f"masks of {count} videos are made again: {reason}")
+        print(f"masks of {counted(count, 'video')} are made again: {reason}")
     return pending
 
 

@@ -107,6 +107,8 @@ class Progress:
 class Log:
     """log.csv and TensorBoard events; lines of epochs after `completed` are cut off.
 
+    A run that begins gives -1: what it begins with stands there as epoch 0.
+
     One that replaces the log of another run leaves it alone until there is an epoch to write.
 
     All methods raise OSError with a filename where nothing can be written.
@@ -114,8 +116,8 @@ class Log:
 
     def __init__(self, out: Path, completed: int, replaces: bool = False):
         path, kept = out / LOG, []
-        if completed and os.path.lexists(path):
-            kept = _lines(path, completed)
+        if completed >= 0 and os.path.lexists(path):
+            kept = lines(path, completed)
         text = io.StringIO(newline="")
         csv.DictWriter(text, FIELDS).writeheader()
         csv.DictWriter(text, FIELDS, extrasaction="ignore").writerows(kept)
@@ -174,7 +176,7 @@ def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def _lines(path: Path, completed: int) -> list[dict[str, str]]:
+def lines(path: Path, completed: int) -> list[dict[str, str]]:
     """Return the whole lines of a log.csv up to an epoch. Raises UserError if it is damaged."""
     try:
         if not path.is_file():  # a pipe would be waited for
@@ -188,11 +190,15 @@ def _lines(path: Path, completed: int) -> list[dict[str, str]]:
 
 def epoch_line(figures: dict[str, Any], left: str) -> str:
     """Return what is printed of an epoch; `left` as of `Run.time_left`."""
-    return (
-        f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, "
-        f"validation loss {figures['val_loss']:.3f}, mIoU {figures['miou']:.3f}, "
+    validated = (
+        f"validation loss {figures['val_loss']:.3f}, "
         f"weighted IoU {figures['weighted_iou'] or 0:.3f}, "
-        f"foreground IoU {figures['foreground_iou'] or 0:.3f}; "
+        f"foreground IoU {figures['foreground_iou'] or 0:.3f}"
+    )
+    if not figures["epoch"]:
+        return f"epoch 0, as it begins: {validated}"
+    return (
+        f"epoch {figures['epoch']}: train loss {figures['train_loss']:.3f}, {validated}; "
         f"{figures['frames_per_s']:.1f} frames/s, {figures['waiting']:.0%} waiting for data"
         f"{left and '; '}{left}"
     )

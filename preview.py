@@ -45,7 +45,7 @@ from page.pictures import (
     sheet,
     tile_size,
 )
-from utils import UserError, at_least, make_parser, run_script
+from utils import UserError, at_least, counted, make_parser, run_script
 from videos import MASKS, Video, find_in_all, has_mask, read_labels, read_truth, read_video
 
 PAGE = Path(__file__).parent / "page"  # the files that a browser opens
@@ -236,7 +236,7 @@ def main() -> int:
     shown, faults = write_preview(args.masks, args.data, args.out, args.width, args.every)
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
-    print(f"{shown} videos: open {args.out / 'index.html'} in a browser")
+    print(f"{counted(shown, 'video')}: open {args.out / 'index.html'} in a browser")
     return 1 if faults else 0
 
 

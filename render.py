@@ -36,7 +36,7 @@ from devices import choose_device, usable_cpus, why_alone
 from files import atomic_write, write_json
 from synthetic.raytrace import CELL, develop, lamp_points, render_frames
 from synthetic.scene import make_scene
-from utils import UserError, at_least, make_parser, run_script
+from utils import UserError, at_least, counted, make_parser, run_script
 
 RENDERER = 3  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, (HEIGHT, WIDTH) = 22, FRAME_SIZE  # of the videos that others have
@@ -335,7 +335,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(2, 8),
         metavar=("MIN", "MAX"),
-        help="in each video (default: 2 8)",
+        help="in each scene, of which some may stay out of view or hidden (default: 2 8)",
     )
     add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
@@ -362,7 +362,7 @@ def main() -> None:
         start=args.start,
         num_frames=args.frames,
     )
-    print(f"{args.videos} {'video' if args.videos == 1 else 'videos'} -> {args.out}")
+    print(f"{counted(args.videos, 'video')} -> {args.out}")
 
 
 if __name__ == "__main__":

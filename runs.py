@@ -184,7 +184,7 @@ class Run:
         self.facts |= {name: figures[name] or 0.0 for name in SCORES}
         improved = self.facts["weighted_iou"] > self.best
         self.best = max(self.best, self.facts["weighted_iou"])
-        if self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch:
+        if self.epoch and (self.epoch % CHECKPOINT_EVERY == 0 or self.epoch == last_epoch):
             self._write(out / f"Unet_checkpoint_epoch_{self.epoch}.pt")
         if improved:
             self._write(out / BEST)

@@ -36,20 +36,21 @@ from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes, choose_device, compile_network, mixed_precision
-from log import Log, Progress, epoch_line
+from log import LOG, Log, Progress, epoch_line, lines
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
 from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
 from runs import BEST, LAST, LOOK_EVERY, Keeper, Run, check_free
-from utils import UserError, at_least, log_header, make_parser, run_script, seed_everything
+from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 L2_SP = 1300  # strength of MuonAdamW's pull to the initial weights, times the training frames
 BN_STEPS = 10  # batches that gather the batch statistics of the average, or a tenth of the epoch
 FROM_NOTHING = Path("none")  # of --init
+NOTHING_TRAINED = dict.fromkeys(("train_loss", "lr", "frames_per_s"))  # of epoch 0
 SHOWN = 3  # validation frames in TensorBoard
 BLIND_STEPS = 100  # steps after which a warning says that the network sees no object
 
@@ -135,10 +136,11 @@ def main() -> None:
     reading = {"cache": not args.no_cache, "proposals": args.proposals}
     training = CLEVRDataset(train_videos, **reading)
     validation = CLEVRDataset(val_videos, **reading)
-    processes.say(
-        f"{len(training)} training frames of {len(training.videos)} videos, "
-        f"{len(validation)} validation frames of {len(validation.videos)} videos"
-    )
+    parts = (("training", training), ("validation", validation))
+    counts = [
+        (counted(len(d), f"{kind} frame"), counted(len(d.videos), "video")) for kind, d in parts
+    ]
+    processes.say(", ".join(" of ".join(pair) for pair in counts))
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
@@ -163,7 +165,7 @@ def main() -> None:
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
-    train_epochs(run, loader, val_loader, args.num_epochs, args.out)
+    train_epochs(run, loader, val_loader, args.num_epochs, args.out, from_weights=bool(init))
     if processes.first:
         print(last_words(args.out, args.data))
 
@@ -203,34 +205,51 @@ def build_model(
 
 
 def train_epochs(
-    run: Run, loader: DataLoader, val_loader: DataLoader, num_epochs: int, out: Path
+    run: Run,
+    loader: DataLoader,
+    val_loader: DataLoader,
+    num_epochs: int,
+    out: Path,
+    from_weights: bool = False,
 ) -> None:
-    """Train, validate and save epoch by epoch."""
+    """Train, validate and save epoch by epoch.
+
+    What begins with trained weights is validated and saved before: it may be the best there is.
+    """
     processes, epoch_steps = run.processes, len(loader)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
     network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, run.epoch, bool(run.replaces))
+        log = Log(out, run.epoch if run.step else -1, bool(run.replaces))
     with Keeper(run, out) as keeper:
+        if from_weights and not run.step:
+            figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
+            if processes.first:
+                end_epoch(run, log, figures, out, num_epochs)
         while run.epoch < num_epochs:
             loader.batch_sampler.set_epoch(run.epoch + 1, skip=run.done)
             figures = train_one_epoch(run, network, loader, keeper)
             refresh_statistics(run, loader)
             figures |= validate(run.ema, val_loader, processes, keeper)
             run.end_epoch()
-            figures["epoch"] = run.epoch
             if processes.first:
                 if warning := blind_warning(figures, run.step, epoch_steps, run.total_steps):
                     print(warning, file=sys.stderr, flush=True)
-                log.add(figures)
-                run.replaces.discard(log.path)
-                run.save(out, figures, num_epochs)
+                end_epoch(run, log, figures, out, num_epochs)
                 if log.wants_picture() or run.epoch == num_epochs:
                     draw_examples(log, run, val_loader.dataset)
-                print(epoch_line(figures, run.time_left()), flush=True)
             if run.epoch < num_epochs:
                 keeper.check_epoch()
+
+
+def end_epoch(run: Run, log: Log, figures: dict[str, Any], out: Path, num_epochs: int) -> None:
+    """Log, save and print an epoch that has been validated with these figures."""
+    figures["epoch"] = run.epoch
+    log.add(figures)
+    run.replaces.discard(log.path)
+    run.save(out, figures, num_epochs)
+    print(epoch_line(figures, run.time_left()), flush=True)
 
 
 def train_one_epoch(
@@ -355,6 +374,7 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
         words.append(f"going on after epoch {run.epoch}{within}")
     else:
         words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
+        words.append("validated frame by frame, as the loss is; infer.py follows objects as well")
     words.append(f"learning rate up to {run.highest_rate:g}")
     if run.epoch >= num_epochs:
         words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
@@ -365,9 +385,13 @@ def last_words(out: Path, data: Path) -> str:
     """Say what a finished run came to, where its files are, and what to type next."""
     file = out / BEST
     try:
-        best = load_checkpoint(file)
+        best, began = load_checkpoint(file), lines(out / LOG, 0)
         came_to = f"best weighted IoU: {best['weighted_iou']:.3f}, after epoch {best['epoch']}"
-    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
+        if began and best["epoch"]:
+            came_to += f" (began at {float(began[0]['weighted_iou']):.3f})"
+        elif began:
+            came_to = f"nothing was better than what it began with: {best['weighted_iou']:.3f}"
+    except (UserError, KeyError, ValueError):  # deleted or damaged since, or of an earlier version
         file, came_to = out / LAST, "weights of the last epoch"
     script = str(Path(sys.argv[0]).with_name("infer.py"))
     command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]

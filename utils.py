@@ -73,6 +73,11 @@ def resuming() -> str:
     return shlex.join(sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"])
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 video" or "2 videos"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status, of which the README lists all.
 

@@ -400,12 +400,15 @@ class VideoReport:
     size: tuple[int, int] | None = None  # height, width
     classes: tuple[int, ...] = ()  # the ids that occur in the mask, background included
     faults: list[str] = field(default_factory=list)
+    gray: bool = False  # no frame has a colour
 
 
 def inspect_video(video: Video) -> VideoReport:
     """Read every file of a video and return what it holds and what is wrong with it."""
     report = VideoReport(video)
     for frame in _frames(video, report.faults):
+        red, *others = frame.pixels
+        report.gray = (report.gray or not report.count) and all(red.equal(c) for c in others)
         report.count += 1
         report.size = report.size or tuple(frame.pixels.shape[1:])
     report.count = len(video.names) or report.count

@@ -110,28 +110,53 @@ function drawTrail(brush, item, frame, scale, ratio) {
     brush.stroke();
 }
 
-// Names above their objects, each moved up, or else down, until it lies over no other.
+// How much of two boxes { middle, half, top, high } lies over one another, in square pixels.
+function shared(a, b) {
+    const wide = Math.min(a.middle + a.half, b.middle + b.half) - Math.max(a.middle - a.half, b.middle - b.half);
+    const high = Math.min(a.top + a.high, b.top + b.high) - Math.max(a.top, b.top);
+    return Math.max(0, wide) * Math.max(0, high);
+}
+
+// Names beside their objects: above if there is room, else where they hide least of other names,
+// then of other objects, which count as squares as high as they are.
 function drawNames(brush, here, scale, ratio) {
     const high = 14 * ratio;
     brush.font = `${11 * ratio}px system-ui, sans-serif`;
     brush.textAlign = "center";
     brush.textBaseline = "top";
+    const squares = here.map(([, [, x, y, top]]) => {
+        const half = (y - top) * scale;
+        return { middle: x * scale, half, top: top * scale, high: 2 * half };
+    });
     const taken = [];
-    for (const [item, [, x, , y]] of here.sort((a, b) => b[1][3] - a[1][3])) {
+    here.forEach(([item], k) => {
         const name = PREVIEW.classes[item.id].name;
         const half = brush.measureText(name).width / 2 + 3 * ratio;
-        const middle = Math.min(Math.max(x * scale, half), brush.canvas.width - half);
-        let top = y * scale - high;
-        const over = (box) => Math.abs(box.middle - middle) < box.half + half && Math.abs(box.top - top) < high;
-        for (let box = taken.find(over); box && top > 0; box = taken.find(over)) top = box.top - high;
-        if (top < 0) top = 0;
-        for (let box = taken.find(over); box; box = taken.find(over)) top = box.top + high;
-        taken.push({ middle, half, top });
+        const own = squares[k];
+        const aside = own.half + half;
+        const at = (right, down) => ({
+            middle: Math.min(Math.max(own.middle + right, half), brush.canvas.width - half),
+            half,
+            top: Math.min(Math.max(own.top + down, 0), brush.canvas.height - high),
+            high,
+        });
+        const beside = (own.high - high) / 2;
+        const places = [at(0, -high), at(0, own.high), at(aside, beside), at(-aside, beside)];
+        for (const right of [-0.6, 0.6]) places.push(at(right * half, -high), at(right * half, own.high));
+        places.push(at(0, -2 * high), at(0, own.high + high), at(0, beside));
+        const cost = (place) => {
+            const names = taken.reduce((sum, other) => sum + shared(place, other), 0);
+            const objects = squares.reduce((sum, other) => sum + (other === own ? 0 : shared(place, other)), 0);
+            return 4 * names + objects;
+        };
+        const place = places.reduce((best, other) => (cost(other) < cost(best) ? other : best));
+        taken.push(place);
+        const { middle, top } = place;
         brush.lineWidth = 3 * ratio;
         brush.strokeStyle = "#000c";
         brush.lineJoin = "round";
         brush.strokeText(name, middle, top);
         brush.fillStyle = light(PREVIEW.classes[item.id].colour);
         brush.fillText(name, middle, top);
-    }
+    });
 }

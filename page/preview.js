@@ -6,6 +6,8 @@
 const FRAMES_PER_SECOND = 8;
 const NEAR = "600px"; // of the window: within it pictures are loaded, beyond it let go of
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
+const DOUBT =
+    "doubt: 100 % less how sure infer.py --objects is of the kind of an object; of a video, of its least sure object";
 const figure = (value) => (value === null ? "–" : value.toFixed(3));
 
 // A video: what videos.js knows of it, its card, and, while it is in sight, what video.js told
@@ -29,10 +31,12 @@ function makeCard(video) {
     video.canvas.setAttribute("role", "img");
     const frame = make("div", { className: "picture" }, video.canvas);
     frame.style.aspectRatio = (video.size || [3, 2]).join(" / ");
+    video.note = make("span", { className: "note", hidden: true }, "no true masks: predicted ones");
+    frame.append(video.note);
     const right = [];
     if (video.miou !== undefined && video.miou !== null) right.push(`mIoU ${figure(video.miou)}`);
     if (video.doubt !== undefined && video.doubt !== null) right.push(`doubt ${percent(video.doubt)}`);
-    card.append(frame, make("h2", {}, video.name, make("span", {}, right.join(", "))));
+    card.append(frame, make("h2", {}, video.name, make("span", { title: DOUBT }, right.join(", "))));
     card.append(make("p", { className: "objects" }));
     card.onclick = () => open(video);
     card.onkeydown = (event) => {
@@ -85,11 +89,12 @@ function redraw(video) {
     release(video); // perhaps it came when nobody looked at it any more
     if (!video.record) return;
     const frame = Math.floor(clock) % video.record.frames;
+    video.note.hidden = layerOf(video) === element("layer").value;
     if (inSight.has(video) && !large) draw(video.canvas, video, frame, layerOf(video));
     if (video === large) drawLarge();
 }
 
-// Videos without labels show their masks whatever is asked for.
+// Videos without labels show their masks whatever is asked for, and say so.
 function layerOf(video) {
     const wanted = element("layer").value;
     return wanted && !video.record.figures ? "masks" : wanted;
@@ -136,6 +141,7 @@ function open(video) {
         fillPanels(video);
         fillThings(video);
         if (!element("large").open) element("large").showModal();
+        element("large").focus(); // not an arrow, which would be ringed
         history.replaceState(null, "", `#${encodeURIComponent(video.name)}`);
         drawLarge();
     };
@@ -214,7 +220,7 @@ function drawLarge() {
     for (const canvas of element("panels").querySelectorAll("canvas"))
         draw(canvas, large, position, canvas.dataset.layer, chosen);
     element("position").value = position;
-    element("frame").textContent = `frame ${position} of ${frames - 1}`;
+    element("frame").textContent = `frame ${position} (${position + 1} of ${frames})`;
     for (const mark of element("items").querySelectorAll("b")) mark.style.left = `${(100 * (position + 0.5)) / frames}%`;
 }
 
@@ -305,6 +311,8 @@ function tick(now) {
 }
 
 for (const video of videos) makeCard(video).video = video;
+for (const place of document.querySelectorAll(".doubt")) place.title = DOUBT;
+element("doubt").textContent = DOUBT;
 fillObjects();
 list();
 play(playing);

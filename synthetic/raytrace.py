@@ -158,7 +158,9 @@ def reflection(
         to = unit(scene.lamp[lamp] - rays.origin)
         angle = 2 - 2 * dot(to, direction)  # squared, if small
         image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
-        across = dot(direction, unit(F.pad(to[:, :2].flip(1) * to.new_tensor([1, -1]), (0, 1)))) ** 2
+        across = (
+            dot(direction, unit(F.pad(to[:, :2].flip(1) * to.new_tensor([1, -1]), (0, 1)))) ** 2
+        )
         off = across / LAMP_SIZE[0] ** 2 + (angle - across).clamp(min=0) / LAMP_SIZE[1] ** 2
         image += LAMP_AREA[lamp] * torch.exp(-(off**2))  # an ellipse with a soft edge
         seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
@@ -191,7 +193,9 @@ def shade(
         return scene.albedo[which] * light
     m = metal.nonzero()[:, 0]
     mirrored = unit(view[m] - 2 * dot(view[m], normal[m])[:, None] * normal[m])
-    light[m] = METAL * reflection(scene, Rays(point[m], mirrored, frame[m]), which[m], random, bounces)
+    light[m] = METAL * reflection(
+        scene, Rays(point[m], mirrored, frame[m]), which[m], random, bounces
+    )
     return scene.albedo[which] * light
 
 
@@ -223,7 +227,9 @@ def ground_light(
     size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
     for lamp in range(len(scene.lamp)):
         to = scene.lamp[lamp] - middle
-        slack = size + 1.2 * scene.lamp_radius[lamp] / dot(to, to).sqrt()  # penumbra below an object
+        slack = (
+            size + 1.2 * scene.lamp_radius[lamp] / dot(to, to).sqrt()
+        )  # penumbra below an object
         origin, to = middle.repeat(len(frames), 1), unit(to).repeat(len(frames), 1)
         rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
         block, which = near(scene, rays, slack.repeat(len(frames)))

@@ -213,7 +213,9 @@ def make_scene(
     c, s = math.cos(roll), math.sin(roll)
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
     nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
-    albedo = nominal * np.exp(rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1)))
+    albedo = nominal * np.exp(
+        rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1))
+    )
     lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
     return Scene(
         centre=tensor(np.dstack([xy, z])),

@@ -334,7 +334,7 @@ def test_frames_are_labelled_in_the_order_of_their_numbers(run, tmp_path, names,
     rows = csv.DictReader((tmp_path / "out/video_1/objects.csv").open(newline=""))
     assert {int(row["number"]) for row in rows} <= set(numbers)
     gaps = numbers != list(range(len(numbers)))
-    assert ("1 videos do not begin at frame 0 or have gaps" in said) == gaps
+    assert ("1 video without frame 0 or with gaps" in said) == gaps
     unread = len(names) - len(numbers)
     assert (f"not read: {unread} pictures" in caplog.text) == bool(unread)
 

@@ -155,7 +155,7 @@ def test_tables_of_nonsense_are_named_and_the_video_is_shown(tmp_path, call, sur
     table = tmp_path / "masks/video_0/objects.csv"
     table.write_text(TABLE.replace("0.6", sure)) if sure else os.mkfifo(table)
     status, out, err = call(preview, *everything(tmp_path))
-    assert (status, out.split(":")[0]) == (1, "1 videos")
+    assert (status, out.split(":")[0]) == (1, "1 video")
     assert f"{table}: not a table of objects" in err
 
 
@@ -284,11 +284,11 @@ def test_large_video_is_stepped_by_keys_beside_its_truth(page):
     assert captions[:2] == ["masks", "true masks"]
     assert "missed" in captions[2]
     page.press(keys.HOME)
-    assert page.texts("#frame") == ["frame 0 of 3"]
+    assert page.texts("#frame") == ["frame 0 (1 of 4)"]
     assert page.seen("#panels canvas") == ["frame 0: red metal cube, blue rubber sphere"] * 3
     page.press(keys.ARROW_RIGHT)
     page.press(keys.ARROW_RIGHT)
-    assert page.texts("#frame") == ["frame 2 of 3"]
+    assert page.texts("#frame") == ["frame 2 (3 of 4)"]
     assert page.seen("#panels canvas")[0] == "frame 2: red metal cube"
     rows = page.texts("#items tr")
     assert [row.split("\n")[-1].split()[-3:] for row in rows] == [
@@ -296,9 +296,9 @@ def test_large_video_is_stepped_by_keys_beside_its_truth(page):
         ["40", "%", "1.000"],
     ]
     time.sleep(0.4)  # a step is a pause
-    assert page.texts("#frame") == ["frame 2 of 3"]
+    assert page.texts("#frame") == ["frame 2 (3 of 4)"]
     page.press(" ")
-    page.until(lambda: page.texts("#frame") != ["frame 2 of 3"])
+    page.until(lambda: page.texts("#frame") != ["frame 2 (3 of 4)"])
     page.press(keys.ARROW_DOWN)  # what has a fault is passed over
     page.until(lambda: page.texts("#title") == ["odd #1 100%/vidéo_3"])
     assert page.texts("#panels figcaption") == ["masks"]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_video
@@ -19,7 +20,7 @@ def test_python_of_the_readme_runs(tmp_path):
     start = (
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
     )
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     blocks = [block for block in BLOCKS if "torch.onnx.export" not in block]  # test_model.py's
     code = (
         start
@@ -31,6 +32,7 @@ def test_python_of_the_readme_runs(tmp_path):
     (tmp_path / "masks/video_7").mkdir(parents=True)
     rows = "name,x,y\nred rubber cube,1.5,2.25\nred rubber cube,2.5,2.25\n"
     (tmp_path / "masks/video_7/objects.csv").write_text(rows)
+    np.save(tmp_path / "masks/video_7/mask.npy", np.zeros((2, 32, 48), np.uint8))
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
