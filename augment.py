@@ -26,7 +26,9 @@ CONTRAST = (0.8, 1.2)
 EXPOSURE = (0.85, 1.15)
 BALANCE = (0.93, 1.07)  # of each channel, the ground's as well
 BLUR = (-0.3, 0.6)  # share of the mean over 3 x 3 pixels; below 0 it sharpens
-NOISE = 0.063  # standard deviation, 16 steps of 8 bits, at most: half have a sixteenth of it or less
+NOISE = (
+    0.063  # standard deviation, 16 steps of 8 bits, at most: half have a sixteenth of it or less
+)
 
 
 def augment(

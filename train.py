@@ -381,17 +381,24 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
     return "\n".join(words)
 
 
+def began_at(out: Path) -> str:
+    """Return words for the weighted IoU of what a run began with; "" where that was nothing."""
+    try:
+        return f" (began at {float(lines(out / LOG, 0)[0]['weighted_iou']):.3f})"
+    except (UserError, IndexError, ValueError):  # no such line, or no object to be found in it
+        return ""
+
+
 def last_words(out: Path, data: Path) -> str:
     """Say what a finished run came to, where its files are, and what to type next."""
     file = out / BEST
     try:
-        best, began = load_checkpoint(file), lines(out / LOG, 0)
-        came_to = f"best weighted IoU: {best['weighted_iou']:.3f}, after epoch {best['epoch']}"
-        if began and best["epoch"]:
-            came_to += f" (began at {float(began[0]['weighted_iou']):.3f})"
-        elif began:
-            came_to = f"nothing was better than what it began with: {best['weighted_iou']:.3f}"
-    except (UserError, KeyError, ValueError):  # deleted or damaged since, or of an earlier version
+        best = load_checkpoint(file)
+        iou, epoch = f"{best['weighted_iou']:.3f}", best["epoch"]
+        came_to = f"best weighted IoU: {iou}, after epoch {epoch}{began_at(out)}"
+        if not epoch:
+            came_to = f"nothing was better than what it began with, weighted IoU {iou}"
+    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
         file, came_to = out / LAST, "weights of the last epoch"
     script = str(Path(sys.argv[0]).with_name("infer.py"))
     command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]

@@ -15,9 +15,11 @@ import torch
 from conftest import REAL, make_video, needs_real
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import dataset
 import videos
 from dataset import CLEVRDataset
 from model import UNet
@@ -360,6 +362,55 @@ def test_joint_transforms_of_torchvision_reach_image_and_mask(data):
     torch.testing.assert_close(images, plain_images.flip(-1) / 255)
     alone = next(iter(DataLoader(CLEVRDataset(data, transform=flip, labelled=False), batch_size=9)))
     assert torch.equal(alone, images)
+
+
+class OfImagesAlone(nn.Module):
+    def forward(self, image):
+        return image
+
+
+def one_of_albumentations():
+    """Return what is called as Albumentations' transforms are, which nobody needs to install."""
+    return type("Compose", (), {"__module__": "albumentations.core", "__call__": lambda *_: None})()
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda image: image, OfImagesAlone(), v1.ToTensor(), one_of_albumentations()]
+)
+def test_a_transform_of_images_alone_is_named_before_training(data, transform):
+    with pytest.raises(UserError, match="image, mask"):
+        CLEVRDataset(data, transform=transform)
+
+
+def test_a_transform_that_loses_the_mask_is_named(data):
+    with pytest.raises(UserError, match=r"returns both.*not Image"):
+        CLEVRDataset(data, transform=lambda image, mask: image)[0]
+
+
+def test_a_transform_of_images_is_right_where_there_are_no_labels(data):
+    data_set = CLEVRDataset(data, transform=lambda image: 255 - image, labelled=False)
+    assert (255 - data_set[0]).equal(CLEVRDataset(data, labelled=False)[0])
+    with pytest.raises(UserError, match="an image alone"):
+        CLEVRDataset(data, transform=lambda image, mask: (image, mask), labelled=False)
+
+
+def test_a_slice_is_a_sentence(data):
+    with pytest.raises(UserError, match=r"Subset\(dataset, range"):
+        CLEVRDataset(data)[0:3]
+
+
+def test_gray_videos_are_named(tmp_path, capsys):
+    make_video(tmp_path / "video_0", frames=2, size=(32, 48))
+    make_video(tmp_path / "video_1", frames=2, size=(32, 48))
+    gray = PIL.Image.new("L", (48, 32), 120)
+    for t in range(2):
+        gray.save(tmp_path / f"video_1/image_{t}.png")
+    assert dataset.print_report(tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(k for k, line in enumerate(lines) if line.startswith("gray, so that"))
+    assert lines[at].endswith(": 1 video")
+    assert lines[at + 1] == f"  {tmp_path / 'video_1'}"
+    assert not any("video_0" in line for line in lines)
 
 
 def test_the_loop_of_the_documentation_learns(tmp_path):

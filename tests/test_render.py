@@ -73,13 +73,11 @@ def test_size_that_is_no_multiple_of_four_is_named(height, width):
         render.render_video(0, num_frames=1, height=height, width=width)
 
 
-def test_masks_agree_with_colours(monkeypatch):
-    """Inside its mask a red rubber sphere is red; outside the ground is grey."""
-    red_sphere = class_id("sphere", "rubber", "red")
-    blue_cube = class_id("cube", "rubber", "blue")
-    spots = np.array([[[-1.5, 10.0], [1.5, 10.0]]])
-    monkeypatch.setattr(scene, "simulate", lambda *_: (spots, np.zeros((1, 2)), np.arange(2)))
+@pytest.fixture
+def put(monkeypatch):
+    """Return a function that makes every scene hold ids at positions (x, y)."""
     real = np.random.default_rng
+    spots, ids = [], []
 
     class Picks:
         def __init__(self, seed):
@@ -89,14 +87,45 @@ def test_masks_agree_with_colours(monkeypatch):
             return getattr(self.rng, name)
 
         def permutation(self, _):
-            return np.array([red_sphere, blue_cube]) - 1
+            return np.array(ids) - 1
 
+    def at(objects: dict[int, tuple[float, float]]) -> None:
+        ids[:], spots[:] = objects, objects.values()
+
+    def simulate(*_):
+        return np.array([spots]), np.zeros((1, len(ids))), np.arange(len(ids))
+
+    monkeypatch.setattr(scene, "simulate", simulate)
     monkeypatch.setattr(np.random, "default_rng", Picks)
+    return at
+
+
+@pytest.mark.parametrize("colour", ["brown", "purple", "cyan"])
+def test_a_lamp_stands_white_in_the_flat_top_of_metal(put, colour):
+    """Where it does in real videos; lamps and camera vary, so in some of six scenes."""
+    patches = {}
+    for material in ("metal", "rubber"):
+        kind = class_id("cylinder", material, colour)
+        put({kind: scene.SPOT})
+        for seed in range(6):
+            frames, masks = render.render_video(seed, (1, 1), num_frames=1)
+            white = frames[0].amin(0) >= 235
+            assert not white[masks[0] != kind].any()
+            patches.setdefault(material, []).append(int(white.sum()))
+    assert max(patches["metal"]) > 60
+    assert max(patches["rubber"]) == 0
+
+
+def test_masks_agree_with_colours(put):
+    """Inside its mask a red rubber sphere is red; outside the ground is grey."""
+    red_sphere = class_id("sphere", "rubber", "red")
+    blue_cube = class_id("cube", "rubber", "blue")
+    put({red_sphere: (-1.5, 10.0), blue_cube: (1.5, 10.0)})
     frames, masks = render.render_video(0, (2, 2), num_frames=1)
     red, blue, ground = (
         frames[0][:, masks[0] == i].float().quantile(0.5, dim=1) for i in (red_sphere, blue_cube, 0)
     )
-    assert red[0] > 2 * red[2]
+    assert red[0] > 1.9 * red[2]
     assert blue[2] > 1.5 * blue[0]
     assert ground.max() - ground.min() < 12
     rows, columns = (masks[0] == red_sphere).nonzero(as_tuple=True)
@@ -149,11 +178,11 @@ def test_version_of_the_renderer_rises_with_its_bytes():
     """If this fails, seeds give other videos than before: raise RENDERER and these figures."""
     frames, masks = render.render_video(2, (3, 3), num_frames=2, height=80, width=120)
     ids, areas = masks.unique(return_counts=True)
-    assert render.RENDERER == 2
-    assert ids.tolist() == [0, 1, 27, 45]
-    assert areas.tolist() == pytest.approx([18621, 113, 330, 136], abs=3)
+    assert render.RENDERER == 3
+    assert ids.tolist() == [0, 1, 27]
+    assert areas.tolist() == pytest.approx([18620, 396, 184], abs=3)
     assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(
-        [130.75, 128.7, 133.4], abs=0.05
+        [129.69, 128.61, 131.43], abs=0.05
     )
 
 
@@ -187,7 +216,7 @@ def test_a_folder_takes_one_set_of_settings(settings, change, started):
 
 def test_videos_of_another_renderer_are_not_mixed_in(started, monkeypatch):
     monkeypatch.setattr(render, "RENDERER", render.RENDERER + 1)
-    with pytest.raises(UserError, match=r"renderer 2, not 3.*: rename that folder"):
+    with pytest.raises(UserError, match=r"renderer 3, not 4.*: rename that folder"):
         render.render_dataset(started, 1, progress=False)
 
 

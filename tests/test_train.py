@@ -27,7 +27,7 @@ import log
 import train
 from augment import augment
 from batches import ShardedBatches
-from checkpoints import load_checkpoint, save_checkpoint
+from checkpoints import SHIPPED, load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes
@@ -545,6 +545,39 @@ def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monk
     assert typed[2:] == ["--ckpt", str(out / BEST), "--out", "masks", "--data", "my videos"]
     (out / BEST).unlink()
     assert train.last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
+
+
+def test_what_a_run_begins_with_is_epoch_0_and_may_be_the_best(videos, tmp_path, call):
+    """A rate so high that training ruins the weights: those it began with are kept as the best."""
+    began = SHIPPED
+    options = ("--data", videos, "--init", began, "--out", tmp_path, "--num-epochs", 1)
+    status, said, err = call(train, *options, "--batch-size", 8, "--learning-rate", 3)
+    assert (status, "Traceback" in err) == (0, False), err
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert rows[0]["train_loss"] == rows[0]["lr"] == ""
+    assert float(rows[0]["weighted_iou"]) > float(rows[1]["weighted_iou"])
+    assert "epoch 0, as it begins: validation loss" in said
+    assert "nothing was better than what it began with" in said
+    best, first = load_checkpoint(tmp_path / BEST), load_checkpoint(began)
+    assert best["epoch"] == 0
+    assert all(
+        best["model"][name].equal(x.to(best["model"][name])) for name, x in first["model"].items()
+    )
+    assert not (tmp_path / "Unet_checkpoint_epoch_0.pt").exists()
+
+
+def test_the_last_words_say_where_a_run_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    network = {"model": {"w": torch.ones(1)}, "model_config": {}}
+    save_checkpoint(tmp_path / BEST, network | {"epoch": 2, "weighted_iou": 0.9641})
+    rows = log.Log(tmp_path, completed=-1)
+    for epoch, iou in ((0, 0.9612), (1, 0.9617), (2, 0.9641)):
+        rows.add(dict.fromkeys(log.FIELDS, iou) | {"per_class": {}, "epoch": epoch})
+    said = train.last_words(tmp_path, Path("path"))
+    assert said.startswith("best weighted IoU: 0.964, after epoch 2 (began at 0.961), in ")
+    log.Log(tmp_path, completed=0)  # stopped within its first epoch and resumed
+    assert [row["epoch"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["0"]
 
 
 def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
