@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from classes import BACKGROUND_PAINT, NUM_KINDS, PAINT, palette
+from classes import BACKGROUND_PAINT, CLASS_NAMES, NUM_KINDS, PAINT, palette
 from utils import UserError
 from videos import find_in_all, has_mask, read_labels, read_truth, read_video
 
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
+GUTTER = 4  # white pixels between the videos of a strip
+NAMED, LETTERS, SEEN = 2, 10, 120  # objects of a video, height and fewest pixels of one, in a strip
 TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
 FAULTS = {  # how a mask can differ from the truth, and how that is painted
     "missed": (255, 60, 60),  # an object's pixel that is taken for background
@@ -140,7 +142,8 @@ def draw_strip(
         most: Videos.
 
     Returns:
-        uint8 (T, rows * H, videos * W, 3), T the length of the shortest, or 1.
+        uint8 (T, rows * H, videos * W, 3) and GUTTER white columns between two videos, T the
+        length of the shortest, or 1. A moving one names a few objects.
 
     Raises:
         UserError: there is no such video with masks, or one has a fault.
@@ -159,7 +162,7 @@ def draw_strip(
         shape = len(frames), frames.shape[1:3]
         mask = read_labels(masks / video.target, *shape).numpy()
         if moving:
-            rows = [frames, draw_over(frames, mask)]
+            rows = [frames, write_names(draw_over(frames, mask), mask)]
         else:
             t = slice(len(frames) // 2, len(frames) // 2 + 1)
             truth = [read_truth(video, *shape).numpy()] if labelled else []
@@ -168,4 +171,27 @@ def draw_strip(
     if len({column.shape[1:] for column in strip}) > 1:
         raise UserError(f"{where}: videos of different sizes cannot stand side by side in a strip")
     length = min(map(len, strip))
-    return np.concatenate([column[:length] for column in strip], axis=2)
+    gutter = np.full((length, len(strip[0][0]), GUTTER, 3), 255, np.uint8)
+    parts = [part for column in strip for part in (gutter, column[:length])]
+    return np.concatenate(parts[1:], axis=2)
+
+
+def write_names(frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return frames (T, H, W, 3) with the names of the NAMED largest objects above them."""
+    counts = np.bincount(labels.ravel(), minlength=NUM_KINDS + 1)[1:]
+    ids = [i + 1 for i in np.argsort(-counts, kind="stable")[:NAMED] if counts[i]]
+    font, named = ImageFont.load_default(LETTERS), []
+    for frame, mask in zip(frames, labels, strict=True):
+        picture = Image.fromarray(frame)
+        brush = ImageDraw.Draw(picture)
+        for i in ids:
+            rows, columns = (mask == i).nonzero()
+            if len(rows) < SEEN:
+                continue
+            half = brush.textlength(CLASS_NAMES[i], font) / 2 + 1
+            middle = np.clip(columns.mean(), half, max(half, picture.width - half))
+            at = middle, max(rows.min() - 2, LETTERS + 1)
+            ink = {"fill": "white", "stroke_width": 1, "stroke_fill": "black"}
+            brush.text(at, CLASS_NAMES[i], font=font, anchor="mb", **ink)
+        named.append(np.asarray(picture))
+    return np.stack(named)

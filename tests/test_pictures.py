@@ -92,8 +92,15 @@ def test_strip_of_labelled_videos_has_frames_truth_and_masks(tmp_path):
         np.save(folder / "mask.npy", np.full((3, 6, 8), 9, np.uint8))
     make_video(tmp_path / "data/video_9", labelled=False)
     (strip,) = pictures.draw_strip(tmp_path / "masks", [tmp_path / "data"])
-    assert strip.shape == (18, 32, 3)
-    assert strip[0, ::8, 0].tolist() == [1, 11, 31, 41]  # the middle frames of videos 0, 1, 3, 4
+    gutter = pictures.GUTTER
+    assert strip.shape == (18, 32 + 3 * gutter, 3)
+    assert (strip[:, 8 : 8 + gutter] == 255).all()
+    assert strip[0, :: 8 + gutter, 0].tolist() == [
+        1,
+        11,
+        31,
+        41,
+    ]  # the middle frames of videos 0, 1, 3, 4
     assert strip[6, 0].tolist() == pictures.palette()[2].tolist()
     assert strip[12, 0].tolist() == pictures.palette()[9].tolist()
 
@@ -103,8 +110,20 @@ def test_moving_strip_is_as_long_as_the_shortest_video(tmp_path):
         make_video(tmp_path / f"data/video_{i}", frames=count, labelled=False)
         make_video(tmp_path / f"masks/video_{i}", frames=count)
     strip = pictures.draw_strip(tmp_path / "masks", [tmp_path / "data"], moving=True)
-    assert strip.shape == (3, 12, 16, 3)
+    assert strip.shape == (3, 12, 16 + pictures.GUTTER, 3)
     assert (strip[:, :6] != strip[:, 6:]).any()
+
+
+def test_a_moving_strip_names_the_largest_objects_above_them():
+    labels = np.zeros((2, 60, 120), np.uint8)
+    labels[0, 30:50, 50:70] = 5  # the second frame shows no object
+    frames = np.full((2, 60, 120, 3), 100, np.uint8)
+    named = pictures.write_names(frames, labels)
+    rows, columns = (named[0] != 100).any(-1).nonzero()
+    assert 15 < rows.min() < rows.max() < 30
+    assert abs(columns.mean() - 60) < 6
+    assert (named[1] == 100).all()
+    assert (frames == 100).all()
 
 
 def test_strip_without_masks_or_of_two_sizes_is_refused(tmp_path):

@@ -346,3 +346,44 @@ def test_a_file_that_is_gone_is_named_on_its_card(browser, made, tmp_path):
         lambda: "frames.jpg cannot be read: run preview.py again" in page.texts("#grid .fault")
     )
     browser.get_log("browser")
+
+
+def test_predictions_in_the_place_of_true_masks_are_marked(page):
+    notes = page.browser.find_elements("css selector", "#grid .note")
+    assert not any(note.is_displayed() for note in notes)
+    page.choose("layer", "truth")
+    page.run("redrawAll()")
+    assert [note.is_displayed() for note in notes] == [True, False, False, False]
+    page.choose("layer", "masks")
+    page.run("redrawAll()")
+    assert not any(note.is_displayed() for note in notes)
+
+
+def test_the_large_video_fits_beside_a_scroll_bar_and_rings_no_arrow(page):
+    page.browser.set_window_size(500, 700)
+    page.browser.find_elements("css selector", ".card")[2].click()
+    page.until(lambda: all(page.seen("#panels canvas")))
+    assert page.run("return document.activeElement.id") == "large"
+    right = "return element('large').getBoundingClientRect().right"
+    assert page.run(right) <= page.run("return document.documentElement.clientWidth")
+    assert page.texts("#doubt")[0].startswith("doubt: 100 % less how sure")
+    page.run("element('large').close()")
+    page.browser.set_window_size(1000, 800)
+
+
+def test_names_lie_over_no_other_object_where_there_is_room(page):
+    """Two objects, one right above the other: the lower one's name would lie over the upper one."""
+    script = """
+        const said = [];
+        const brush = {
+            canvas: { width: 400, height: 300 }, measureText: () => ({ width: 80 }),
+            strokeText: () => {}, fillText: (...words) => said.push(words),
+        };
+        const here = [[100, 60, 50], [100, 90, 75]].map((at) => [{ id: 1 }, [0, ...at]]);
+        drawNames(brush, here, 1, 1);
+        return said;
+    """
+    (_, x, top), (_, below_x, below_top) = page.run(script)
+    assert (x, top) == (100, 36)  # above its object, which begins at 50
+    upper, lower = (90, 110, 50, 70), (below_x - 40, below_x + 40, below_top, below_top + 14)
+    assert lower[1] <= upper[0] or lower[0] >= upper[1] or lower[2] >= upper[3]
