@@ -145,6 +145,17 @@ def irradiance(
     return total
 
 
+def lamp_image(to: Tensor, direction: Tensor, lamp: int) -> Tensor:
+    """Radiance (M,) of a lamp that lies towards `to`, seen in `direction`, unit vectors (M, 3)."""
+    angle = 2 - 2 * dot(to, direction)  # squared, if small
+    level = F.pad(torch.stack([to[:, 1], -to[:, 0]], -1), (0, 1))  # at right angles to it
+    across = dot(direction, unit(level)) ** 2
+    off = across / LAMP_SIZE[0] ** 2 + (angle - across).clamp(min=0) / LAMP_SIZE[1] ** 2
+    area = LAMP_AREA[lamp] * torch.exp(-(off**2))  # an ellipse with a soft edge
+    glint = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
+    return area + glint + GLOW * torch.exp(-angle / GLOW_WIDTH**2)
+
+
 def reflection(
     scene: Scene, rays: Rays, skip: Tensor, random: Generator, bounces: int = 1
 ) -> Tensor:
@@ -155,15 +166,7 @@ def reflection(
     direction = rays.direction
     seen = SKY + HAZE * torch.exp((direction[:, 1:2] - 1) / HAZE_WIDTH**2).repeat(1, 3)
     for lamp in range(len(scene.lamp)):
-        to = unit(scene.lamp[lamp] - rays.origin)
-        angle = 2 - 2 * dot(to, direction)  # squared, if small
-        image = LAMP_GLINT[lamp] * torch.exp(-angle / GLINT_WIDTH**2)
-        across = (
-            dot(direction, unit(F.pad(to[:, :2].flip(1) * to.new_tensor([1, -1]), (0, 1)))) ** 2
-        )
-        off = across / LAMP_SIZE[0] ** 2 + (angle - across).clamp(min=0) / LAMP_SIZE[1] ** 2
-        image += LAMP_AREA[lamp] * torch.exp(-(off**2))  # an ellipse with a soft edge
-        seen += (image + GLOW * torch.exp(-angle / GLOW_WIDTH**2))[:, None]
+        seen += lamp_image(unit(scene.lamp[lamp] - rays.origin), direction, lamp)[:, None]
     ray, which = near(scene, rays, skip=skip)
     t, hit = first_hit(ray, which, intersect(scene, rays.take(ray), which), rays)
     to_ground = torch.where(direction[:, 2] < -1e-3, -rays.origin[:, 2] / direction[:, 2], math.inf)
@@ -193,9 +196,8 @@ def shade(
         return scene.albedo[which] * light
     m = metal.nonzero()[:, 0]
     mirrored = unit(view[m] - 2 * dot(view[m], normal[m])[:, None] * normal[m])
-    light[m] = METAL * reflection(
-        scene, Rays(point[m], mirrored, frame[m]), which[m], random, bounces
-    )
+    leaving = Rays(point[m], mirrored, frame[m])
+    light[m] = METAL * reflection(scene, leaving, which[m], random, bounces)
     return scene.albedo[which] * light
 
 
@@ -227,9 +229,8 @@ def ground_light(
     size = torch.linalg.vector_norm(ground[cells] - middle[:, None], dim=-1).amax(1)
     for lamp in range(len(scene.lamp)):
         to = scene.lamp[lamp] - middle
-        slack = (
-            size + 1.2 * scene.lamp_radius[lamp] / dot(to, to).sqrt()
-        )  # penumbra below an object
+        penumbra = 1.2 * scene.lamp_radius[lamp] / dot(to, to).sqrt()  # below an object
+        slack = size + penumbra
         origin, to = middle.repeat(len(frames), 1), unit(to).repeat(len(frames), 1)
         rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
         block, which = near(scene, rays, slack.repeat(len(frames)))

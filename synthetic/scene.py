@@ -213,9 +213,7 @@ def make_scene(
     c, s = math.cos(roll), math.sin(roll)
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
     nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
-    albedo = nominal * np.exp(
-        rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1))
-    )
+    paint = rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1))
     lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
     return Scene(
         centre=tensor(np.dstack([xy, z])),
@@ -224,7 +222,7 @@ def make_scene(
         radius=tensor(RADIUS[shape] * size),
         round=tensor(shape == SHAPES.index("sphere")),
         reach=tensor(BOUND[shape] * size),
-        albedo=tensor(albedo),
+        albedo=tensor(nominal * np.exp(paint)),
         metal=tensor(material == MATERIALS.index("metal")) > 0,
         narrow=tensor(NARROW[shape]),
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from classes import CLASS_NAMES
-from synthetic.scene import FOOTPRINT, make_scene, place, simulate
+from synthetic.scene import FOOTPRINT, SPOT, SPOT_SPREAD, make_scene, place, simulate
 
 
 def test_objects_never_interpenetrate():
@@ -43,3 +43,16 @@ def test_gray_metal_is_seen_more_often_than_other_kinds_and_no_kind_twice():
     gray_metal = [i for i, name in enumerate(CLASS_NAMES) if name.startswith("gray metal")]
     assert len(gray_metal) == 3
     assert 1.2 < count[gray_metal].mean() / np.delete(count, [0, *gray_metal]).mean() < 3
+
+
+def test_in_some_videos_metal_begins_where_it_shows_a_lamp_and_in_some_sizes_differ():
+    spotted, sized = [], []
+    for seed in range(150):
+        scene = make_scene(np.random.default_rng(seed), (3, 9), 1, 240, "cpu")
+        at = np.linalg.norm(scene.centre[0, :, :2].numpy() - SPOT, axis=1) < 4 * SPOT_SPREAD
+        flat = scene.metal.numpy() & (scene.round.numpy() == 0)
+        spotted.append((at & flat).any())
+        sized.append(scene.reach.max() > 1)  # of CLEVRER's the largest is 0.68
+        assert (scene.centre[0, :, 2] > 0.2).all(), "all stand on the ground"
+    assert 0.25 < np.mean(spotted) < 0.6
+    assert 0.04 < np.mean(sized) < 0.25
