@@ -19,16 +19,14 @@ ASPECT = 0.05  # e^0.05: cameras differ in that less
 OFFSET = 0.7  # of half a crop, from its middle to the chosen pixel: the object is always in it
 ANYWHERE = 1e-9  # weight of a background pixel, which counts only where there is no object
 
-# What cameras and lamps differ in: a little more than real videos do, and too little to take one
-# colour for another (the brown and the yellow of real frames are 28 degrees of hue apart).
+# What cameras and lamps differ in: more than real videos do, and too little to take one colour for
+# another beside the ground (the brown and the yellow of real frames are 28 degrees of hue apart).
 SATURATION = (0.5, 1.25)
 CONTRAST = (0.8, 1.2)
 EXPOSURE = (0.85, 1.15)
 BALANCE = (0.93, 1.07)  # of each channel, the ground's as well
 BLUR = (-0.3, 0.6)  # share of the mean over 3 x 3 pixels; below 0 it sharpens
-NOISE = (
-    0.063  # standard deviation, 16 steps of 8 bits, at most: half have a sixteenth of it or less
-)
+NOISE = 0.063  # standard deviation at most, 16 steps of 8 bits; half have a sixteenth of it or less
 
 
 def augment(

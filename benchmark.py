@@ -26,8 +26,9 @@ import copy
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from bench.speed import (
 from checkpoints import SHIPPED
 from model import UNet
 from optim import USUAL_BATCH
-from render import DEMO_DATA, end, render_demo, without_ctrl_c
+from render import DEMO_DATA, end, follow_parent, render_demo, without_ctrl_c
 from videos import Video, find_videos
 
 try:
@@ -79,32 +80,39 @@ def installed(names: Sequence[str]) -> list[str]:
 
 
 def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
-    """Return job(*args), run in a process of its own: a peak of memory never falls again."""
+    """Return job(*args), run in a process of its own: a peak of memory never falls again.
+
+    Raises:
+        UserError: it was killed. RuntimeError: it failed, with its traceback.
+    """
     context = get_context("spawn")
     heard, told = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(told, job, args), daemon=True)
+    process = context.Process(target=_tell, args=(told, job, args))
+    resource_tracker.ensure_running()  # here, since its start lets Ctrl-C through again
     with without_ctrl_c():  # this process ends it
         process.start()
     told.close()
     try:
-        result = heard.recv()
+        result, fault = heard.recv()
     except EOFError:
         raise utils.UserError(
-            "a process that measures was killed, perhaps for lack of memory"
+            f"the process that measures ({job.__name__}) was killed, perhaps for lack of memory: "
+            "give a smaller --batch-size"
         ) from None
     finally:
         end([process])
-    if isinstance(result, Exception):
-        raise result
+    if fault:
+        raise RuntimeError(fault)
     return result
 
 
 def _tell(told: Connection, job: Callable[..., int | None], args: tuple) -> None:
-    """Send what job(*args) returns or raises."""
+    """Send what job(*args) returns, or the traceback of its failure."""
+    follow_parent()
     try:
-        told.send(job(*args))
-    except Exception as error:
-        told.send(error)
+        told.send((job(*args), ""))
+    except BaseException:
+        told.send((None, traceback.format_exc()))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ exit status is 1 then.
 
 import logging
 import math
+import operator
 import os
 import random
 from collections import Counter
@@ -226,11 +227,12 @@ class CLEVRDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | Tensor:
-        if isinstance(i, slice):
+        try:
+            v, t = self.index[operator.index(i)]
+        except TypeError:  # a slice, a list
             raise UserError(
                 "an item is one frame: give a number, or torch.utils.data.Subset(dataset, range(3))"
-            )
-        v, t = self.index[i]
+            ) from None
         if not self.labelled:
             clip = self.videos[v].is_clip
             sample = [self._read_clip(v, t) if clip else read_frame(self._file(v, t))]
@@ -241,7 +243,7 @@ class CLEVRDataset(Dataset):
 
             kinds = zip((Image, Mask), sample, strict=False)
             changed = self.transform(*(kind(part) for kind, part in kinds))
-            if self.labelled and not (isinstance(changed, (tuple, list)) and len(changed) == 2):
+            if self.labelled and not (isinstance(changed, (tuple, list)) and len(changed) > 1):
                 raise UserError(f"{_BOTH}, not {type(changed).__name__}")
             return changed
         return tuple(sample) if self.labelled else sample[0]
@@ -345,16 +347,17 @@ def _check_transform(transform: Callable | None, labelled: bool) -> None:
     """Raise UserError for one that does not take an image, and a mask if `labelled`."""
     if transform is None:
         return
+    what = _BOTH if labelled else "with labelled=False transform(image) gets an image alone"
     if type(transform).__module__.startswith("albumentations"):
         raise UserError(
-            f"{_BOTH}; Albumentations' take NumPy arrays by name: call it in a function of yours"
+            f"{what}; Albumentations' take NumPy arrays by name: call them in a function of yours"
         )
     call = transform.forward if isinstance(transform, nn.Module) else transform
     try:
-        signature(call).bind(*range(1 + labelled))
+        signature(call, follow_wrapped=False).bind(*range(1 + labelled))
     except TypeError:
-        what = _BOTH if labelled else "with labelled=False transform(image) gets an image alone"
-        raise UserError(f"{what}: {type(transform).__name__} does not take that") from None
+        name = getattr(transform, "__qualname__", type(transform).__qualname__)
+        raise UserError(f"{what}: {name} does not take that") from None
     except ValueError:  # nothing says what it takes
         return
 

@@ -107,7 +107,7 @@ class Progress:
 class Log:
     """log.csv and TensorBoard events; lines of epochs after `completed` are cut off.
 
-    A run that begins gives -1: what it begins with stands there as epoch 0.
+    A run that begins gives -1, so that no line is kept: epoch 0 is what it begins with.
 
     One that replaces the log of another run leaves it alone until there is an epoch to write.
 

@@ -2,7 +2,9 @@
 
 import copy
 import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -103,7 +105,7 @@ class Run:
             run.restore(resume)
         run.done = min(run.done, epoch_steps)
         run.step = run.epoch * epoch_steps + run.done
-        run.since = time.monotonic(), run.step
+        run.begin_clock()
         found = processes.gather(run.step)
         if len(set(found)) > 1:
             raise UserError(
@@ -166,6 +168,10 @@ class Run:
         """Count an epoch."""
         self.epoch, self.done = self.epoch + 1, 0
         self.loss.begin()
+
+    def begin_clock(self) -> None:
+        """Count the pace from now on."""
+        self.since = time.monotonic(), self.step
 
     def time_left(self) -> str:
         """Return how long the rest takes at the pace so far, "12:30 left"; "" if none is known."""
@@ -308,7 +314,7 @@ class Keeper:
         if not request:
             return
         self.run.loss.look()
-        if self.processes.first:
+        if self.processes.first and self.run.step:  # before, there is nothing to go on from
             self.run.save_last(self.out)
         self.saved = time.monotonic()
         if request != SAVE:
@@ -318,6 +324,11 @@ class Keeper:
         if not self.processes.first:
             return Stopped("", number)
         launcher = "python" if self.processes.count == 1 else "torchrun ..."
+        if not self.run.step:
+            again = shlex.join(sys.argv)
+            return Stopped(
+                f"\nstopped before the first step; begin with: {launcher} {again}", number
+            )
         within = f"step {self.run.done} of epoch {self.run.epoch + 1}"
         where = within if self.run.done else f"epoch {self.run.epoch}"
         command = f"{launcher} {resuming()}"

@@ -11,8 +11,9 @@ Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goe
 several times, so that three are enough.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
-TensorBoard events to --out. SIGTERM and Ctrl-C stop it after the current step, with all of its
-state saved.
+TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0: where
+training does not help, they are the best. SIGTERM and Ctrl-C stop it after the current step, with
+all of its state saved.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
 from runs import BEST, LAST, LOOK_EVERY, Keeper, Run, check_free
+from scale import learned_size
 from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
@@ -165,7 +167,8 @@ def main() -> None:
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
-    train_epochs(run, loader, val_loader, args.num_epochs, args.out, from_weights=bool(init))
+    first = validates_first(init, run.facts["frame_size"], processes)
+    train_epochs(run, loader, val_loader, args.num_epochs, args.out, first)
     if processes.first:
         print(last_words(args.out, args.data))
 
@@ -204,6 +207,26 @@ def build_model(
     return model.to(processes.device), file
 
 
+def validates_first(init: Path | None, size: list[int], processes: Processes) -> bool:
+    """Return whether what training starts from is validated: trained weights, at their own scale.
+
+    Args:
+        init: The file that the weights come from; None: from nothing.
+        size: Height and width of the frames.
+        processes: Those of this run; the first one prints.
+    """
+    if init is None:
+        return False
+    height, width = learned_size(load_checkpoint(init), init)
+    if [height, width] == size:
+        return True
+    processes.say(
+        f"not validated before, since these weights read frames of {width} x {height} pixels, "
+        "to which infer.py would bring yours"
+    )
+    return False
+
+
 def train_epochs(
     run: Run,
     loader: DataLoader,
@@ -223,10 +246,11 @@ def train_epochs(
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out, run.epoch if run.step else -1, bool(run.replaces))
     with Keeper(run, out) as keeper:
-        if from_weights and not run.step:
+        if from_weights and not (run.step or run.loss.steps):
             figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
             if processes.first:
                 end_epoch(run, log, figures, out, num_epochs)
+            run.begin_clock()
         while run.epoch < num_epochs:
             loader.batch_sampler.set_epoch(run.epoch + 1, skip=run.done)
             figures = train_one_epoch(run, network, loader, keeper)
@@ -374,7 +398,9 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
         words.append(f"going on after epoch {run.epoch}{within}")
     else:
         words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
-        words.append("validated frame by frame, as the loss is; infer.py follows objects as well")
+    words.append(
+        "validation reads each frame alone; infer.py also follows objects and scores higher"
+    )
     words.append(f"learning rate up to {run.highest_rate:g}")
     if run.epoch >= num_epochs:
         words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")

@@ -70,12 +70,13 @@ class Stopped(Exception):  # noqa: N818 - not an error: all is saved
 
 def resuming() -> str:
     """Return the arguments of this command with --resume, as a shell takes them."""
-    return shlex.join(sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"])
+    kept = [argument for argument in sys.argv if argument not in ("--resume", "--overwrite")]
+    return shlex.join([*kept, "--resume"])
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
+def counted(number: int, noun: str) -> str:
     """Return "1 video" or "2 videos"."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def run_script(main: Callable[[], int | None]) -> None:

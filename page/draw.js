@@ -135,7 +135,7 @@ function drawNames(brush, here, scale, ratio) {
         const own = squares[k];
         const aside = own.half + half;
         const at = (right, down) => ({
-            middle: Math.min(Math.max(own.middle + right, half), brush.canvas.width - half),
+            middle: Math.max(Math.min(own.middle + right, brush.canvas.width - half), half),
             half,
             top: Math.min(Math.max(own.top + down, 0), brush.canvas.height - high),
             high,
@@ -146,10 +146,12 @@ function drawNames(brush, here, scale, ratio) {
         places.push(at(0, -2 * high), at(0, own.high + high), at(0, beside));
         const cost = (place) => {
             const names = taken.reduce((sum, other) => sum + shared(place, other), 0);
-            const objects = squares.reduce((sum, other) => sum + (other === own ? 0 : shared(place, other)), 0);
-            return 4 * names + objects;
+            const objects = squares.reduce((sum, other) => sum + shared(place, other) * (other === own ? 0.2 : 1), 0);
+            const stays = places.indexOf(place) === item.placed ? 0 : 2 * high * ratio; // else names would jump
+            return 4 * names + objects + stays;
         };
         const place = places.reduce((best, other) => (cost(other) < cost(best) ? other : best));
+        item.placed = places.indexOf(place);
         taken.push(place);
         const { middle, top } = place;
         brush.lineWidth = 3 * ratio;

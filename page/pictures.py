@@ -176,21 +176,42 @@ def draw_strip(
     return np.concatenate(parts[1:], axis=2)
 
 
+def _meet(at: tuple[float, float], other: tuple[float, float], width: float) -> bool:
+    """Return whether two names do that stand at (middle, lower end), as wide as `width`."""
+    return abs(at[0] - other[0]) < width + LETTERS and abs(at[1] - other[1]) < LETTERS + 4
+
+
 def write_names(frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return frames (T, H, W, 3) with the names of the NAMED largest objects above them."""
+    """Return frames with the names of the NAMED objects that have most pixels in all of them.
+
+    A name stands above its object, or below it if it would meet another one.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        labels: uint8 (T, H, W), ids.
+    """
     counts = np.bincount(labels.ravel(), minlength=NUM_KINDS + 1)[1:]
     ids = [i + 1 for i in np.argsort(-counts, kind="stable")[:NAMED] if counts[i]]
     font, named = ImageFont.load_default(LETTERS), []
     for frame, mask in zip(frames, labels, strict=True):
         picture = Image.fromarray(frame)
         brush = ImageDraw.Draw(picture)
+        taken: list[tuple[float, float]] = []  # middle and lower end of the names so far
         for i in ids:
             rows, columns = (mask == i).nonzero()
             if len(rows) < SEEN:
                 continue
             half = brush.textlength(CLASS_NAMES[i], font) / 2 + 1
             middle = np.clip(columns.mean(), half, max(half, picture.width - half))
-            at = middle, max(rows.min() - 2, LETTERS + 1)
+            places = [
+                (middle, max(rows.min() - 2, LETTERS + 1)),
+                (middle, rows.max() + LETTERS + 4),
+            ]
+            free = [at for at in places if not any(_meet(at, other, 2 * half) for other in taken)]
+            if not free or 2 * half > picture.width:
+                continue
+            at = free[0]
+            taken.append(at)
             ink = {"fill": "white", "stroke_width": 1, "stroke_fill": "black"}
             brush.text(at, CLASS_NAMES[i], font=font, anchor="mb", **ink)
         named.append(np.asarray(picture))

@@ -7,7 +7,7 @@ const FRAMES_PER_SECOND = 8;
 const NEAR = "600px"; // of the window: within it pictures are loaded, beyond it let go of
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
 const DOUBT =
-    "doubt: 100 % less how sure infer.py --objects is of the kind of an object; of a video, of its least sure object";
+    "doubt: 100 % minus the confidence of an object's class (objects.csv); a video has that of its least sure object";
 const figure = (value) => (value === null ? "–" : value.toFixed(3));
 
 // A video: what videos.js knows of it, its card, and, while it is in sight, what video.js told
@@ -141,7 +141,8 @@ function open(video) {
         fillPanels(video);
         fillThings(video);
         if (!element("large").open) element("large").showModal();
-        element("large").focus(); // not an arrow, which would be ringed
+        element("doubt").hidden = video.record.objects.every((item) => item.doubt === null);
+        element("frame").style.minWidth = `${frameText(video.record.frames - 1).length}ch`;
         history.replaceState(null, "", `#${encodeURIComponent(video.name)}`);
         drawLarge();
     };
@@ -215,12 +216,16 @@ function spans(item) {
     return found;
 }
 
+function frameText(frame) {
+    return `frame ${frame} (${frame + 1} of ${large.record.frames})`;
+}
+
 function drawLarge() {
     const frames = large.record.frames;
     for (const canvas of element("panels").querySelectorAll("canvas"))
         draw(canvas, large, position, canvas.dataset.layer, chosen);
     element("position").value = position;
-    element("frame").textContent = `frame ${position} (${position + 1} of ${frames})`;
+    element("frame").textContent = frameText(position);
     for (const mark of element("items").querySelectorAll("b")) mark.style.left = `${(100 * (position + 0.5)) / frames}%`;
 }
 

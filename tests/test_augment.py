@@ -67,5 +67,7 @@ def test_augmentation_never_turns_one_colour_into_another():
         else:
             turned = (hue - before + 180) % 360 - 180
             assert turned.abs().max() < 14, name
+            shown = hue_and_saturation(seen_as[..., :20].mean(dim=(2, 3)))[0]
+            assert ((shown - before + 180) % 360 - 180).abs().max() < 28, name
             assert saturation.min() > 0.15, name
             assert saturation.min() > 0.4 * saturated, name

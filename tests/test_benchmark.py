@@ -1,6 +1,7 @@
 """The arithmetic of the benchmark by hand, and a whole run that is tiny."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import benchmark
 from bench import peers, speed
 from model import UNet
 from render import render_video
+from utils import UserError
 from videos import find_videos
 
 CPU = torch.device("cpu")
@@ -175,6 +177,17 @@ def test_memory_is_that_of_a_process_of_its_own():
     here = benchmark.peak_memory(CPU)
     there = benchmark.in_new_process(benchmark.peak_memory, CPU)
     assert 2**26 < there < here
+
+
+def fail() -> None:
+    raise SystemExit("what was wrong")
+
+
+def test_failures_of_the_process_that_measures_are_told():
+    with pytest.raises(RuntimeError, match="what was wrong"):
+        benchmark.in_new_process(fail)
+    with pytest.raises(UserError, match=r"\(_exit\) was killed, .* --batch-size"):
+        benchmark.in_new_process(os._exit, 1)
 
 
 def test_memory_where_there_is_no_proc(monkeypatch):

@@ -1,5 +1,6 @@
 """What a user of CLEVRDataset would miss: labels, order, plain loaders, a cache to trust."""
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -382,6 +383,28 @@ def test_a_transform_of_images_alone_is_named_before_training(data, transform):
         CLEVRDataset(data, transform=transform)
 
 
+def test_transforms_that_are_right_are_taken(data):
+    def darker(image):
+        return image // 2
+
+    @functools.wraps(darker)
+    def both(image, mask, share=1):
+        return darker(image), mask
+
+    class Whole:
+        def change(self, *parts):
+            return parts
+
+    for transform in (
+        both,
+        functools.partial(both, share=2),
+        Whole().change,
+        v2.Compose([v2.Identity()]),
+        lambda image, mask: (image, mask, 1),
+    ):
+        assert len(CLEVRDataset(data, transform=transform)[0]) >= 2
+
+
 def test_a_transform_that_loses_the_mask_is_named(data):
     with pytest.raises(UserError, match=r"returns both.*not Image"):
         CLEVRDataset(data, transform=lambda image, mask: image)[0]
@@ -395,8 +418,9 @@ def test_a_transform_of_images_is_right_where_there_are_no_labels(data):
 
 
 def test_a_slice_is_a_sentence(data):
-    with pytest.raises(UserError, match=r"Subset\(dataset, range"):
-        CLEVRDataset(data)[0:3]
+    for index in (slice(0, 3), [0, 1]):
+        with pytest.raises(UserError, match=r"Subset\(dataset, range"):
+            CLEVRDataset(data)[index]
 
 
 def test_gray_videos_are_named(tmp_path, capsys):

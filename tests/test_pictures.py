@@ -126,6 +126,18 @@ def test_a_moving_strip_names_the_largest_objects_above_them():
     assert (frames == 100).all()
 
 
+def test_names_of_neighbours_do_not_meet():
+    labels = np.zeros((1, 60, 240), np.uint8)
+    labels[0, 30:45, 100:115], labels[0, 30:44, 120:135] = 5, 6
+    frames = np.full((1, 60, 240, 3), 100, np.uint8)
+    rows = (pictures.write_names(frames, labels)[0] != 100).any((-1, 1)).nonzero()[0]
+    assert rows.min() > 10
+    assert (rows > 46).any(), "the second stands below"
+    assert not ((rows > 31) & (rows < 44)).any()
+    narrow = np.full((1, 60, 30, 3), 100, np.uint8)
+    assert (pictures.write_names(narrow, labels[:, :, 100:130]) == 100).all(), "no room"
+
+
 def test_strip_without_masks_or_of_two_sizes_is_refused(tmp_path):
     make_video(tmp_path / "data/video_0")
     with pytest.raises(UserError, match=r"run infer\.py"):

@@ -352,10 +352,8 @@ def test_predictions_in_the_place_of_true_masks_are_marked(page):
     notes = page.browser.find_elements("css selector", "#grid .note")
     assert not any(note.is_displayed() for note in notes)
     page.choose("layer", "truth")
-    page.run("redrawAll()")
     assert [note.is_displayed() for note in notes] == [True, False, False, False]
     page.choose("layer", "masks")
-    page.run("redrawAll()")
     assert not any(note.is_displayed() for note in notes)
 
 
@@ -363,10 +361,10 @@ def test_the_large_video_fits_beside_a_scroll_bar_and_rings_no_arrow(page):
     page.browser.set_window_size(500, 700)
     page.browser.find_elements("css selector", ".card")[2].click()
     page.until(lambda: all(page.seen("#panels canvas")))
-    assert page.run("return document.activeElement.id") == "large"
+    assert page.run("return document.activeElement.id") == "title"  # no arrow
     right = "return element('large').getBoundingClientRect().right"
     assert page.run(right) <= page.run("return document.documentElement.clientWidth")
-    assert page.texts("#doubt")[0].startswith("doubt: 100 % less how sure")
+    assert page.texts("#doubt")[0].startswith("doubt: 100 % minus the confidence")
     page.run("element('large').close()")
     page.browser.set_window_size(1000, 800)
 

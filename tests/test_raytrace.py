@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from synthetic.raytrace import Rays, in_label, intersect, lamp_points, render_frames, surface_normal
+from synthetic.raytrace import (
+    Rays,
+    in_label,
+    intersect,
+    lamp_image,
+    lamp_points,
+    render_frames,
+    surface_normal,
+)
 from synthetic.scene import BOUND, CENTRE_HEIGHT, HALF, NARROW, RADIUS, make_scene, unit
 
 
@@ -130,3 +138,15 @@ def test_label_of_a_sphere_is_smaller_the_closer_it_is(distance, radius):
         one = torch.tensor([0])
         shown = in_label(one_object(1), rays, one, (1, 1), one, one, one)
         assert shown.tolist() == [expected]
+
+
+def test_a_lamp_in_metal_is_an_ellipse_in_a_halo():
+    """20 at its middle, soft edges at 0.048 radians aside and 0.035 up; worked out by hand."""
+    fill, to = 1, unit(torch.tensor([[0.0, 1.0, 0.0]]))
+    for off, area in (((0, 0), 20.0), ((0.048, 0), 20 / math.e), ((0, 0.035), 20 / math.e)):
+        direction = unit(torch.tensor([[off[0], 1.0, off[1]]]))
+        angle = off[0] ** 2 + off[1] ** 2
+        halo = 3 * math.exp(-angle / 0.07**2) + 0.12 * math.exp(-angle / 0.45**2)
+        assert float(lamp_image(to, direction, fill)) == pytest.approx(area + halo, rel=0.01)
+    above = torch.tensor([[0.0, 0.0, 1.0]])
+    assert lamp_image(above, above, fill).isfinite()

@@ -18,7 +18,7 @@ import render
 import train
 from classes import class_id
 from files import atomic_write
-from synthetic import scene
+from synthetic import raytrace, scene
 from utils import UserError, run_script
 
 
@@ -114,6 +114,27 @@ def test_a_lamp_stands_white_in_the_flat_top_of_metal(put, colour):
             patches.setdefault(material, []).append(int(white.sum()))
     assert max(patches["metal"]) > 60
     assert max(patches["rubber"]) == 0
+
+
+def test_metal_mirrors_metal_as_metal(put, monkeypatch):
+    """A metal sphere in another shows the lamps; without a second mirror it shows none."""
+    pictures = {}
+    for material in ("metal", "rubber"):
+        put(
+            {
+                class_id("sphere", "metal", "yellow"): (0.0, 9.0),
+                class_id("sphere", material, "gray"): (0.9, 9.4),
+            }
+        )
+        for bounces in (1, 0):
+            monkeypatch.setattr(raytrace.reflection, "__defaults__", (bounces,))
+            monkeypatch.setattr(raytrace.shade, "__defaults__", (bounces,))
+            frames, masks = render.render_video(3, (2, 2), num_frames=1)
+            near = masks[0] == class_id("sphere", "metal", "yellow")
+            pictures[material, bounces] = frames[0][:, near].int()
+    changed = (pictures["metal", 1] - pictures["metal", 0]).abs().amax(0) > 10
+    assert changed.sum() > 5
+    assert pictures["rubber", 1].equal(pictures["rubber", 0])
 
 
 def test_masks_agree_with_colours(put):

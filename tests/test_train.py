@@ -547,9 +547,19 @@ def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monk
     assert train.last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
 
 
-def test_what_a_run_begins_with_is_epoch_0_and_may_be_the_best(videos, tmp_path, call):
+@pytest.fixture(scope="module")
+def of_this_size(tmp_path_factory) -> Path:
+    """Return the shipped weights, as if they had learned from frames of the size of the videos."""
+    path = tmp_path_factory.mktemp("began") / "weights.pt"
+    save_checkpoint(path, load_checkpoint(SHIPPED) | {"frame_size": [HEIGHT, WIDTH]})
+    return path
+
+
+def test_what_a_run_begins_with_is_epoch_0_and_may_be_the_best(
+    of_this_size, videos, tmp_path, call
+):
     """A rate so high that training ruins the weights: those it began with are kept as the best."""
-    began = SHIPPED
+    began = of_this_size
     options = ("--data", videos, "--init", began, "--out", tmp_path, "--num-epochs", 1)
     status, said, err = call(train, *options, "--batch-size", 8, "--learning-rate", 3)
     assert (status, "Traceback" in err) == (0, False), err
@@ -565,6 +575,34 @@ def test_what_a_run_begins_with_is_epoch_0_and_may_be_the_best(videos, tmp_path,
         best["model"][name].equal(x.to(best["model"][name])) for name, x in first["model"].items()
     )
     assert not (tmp_path / "Unet_checkpoint_epoch_0.pt").exists()
+
+
+def test_a_stop_before_the_first_step_loses_nothing_and_says_how_to_begin(
+    of_this_size, former, videos, call, monkeypatch
+):
+    def stop(model, loader, processes, keeper):
+        os.kill(os.getpid(), signal.SIGINT)
+        keeper.check_validation()
+
+    before = contents(former)
+    options = ("--data", videos, "--init", of_this_size, "--out", former, "--overwrite")
+    monkeypatch.setattr(train, "validate", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    status, _, err = call(train, *options)
+    assert status == 130
+    assert "stopped before the first step; begin with: " in err
+    assert "--overwrite" in err
+    found = contents(former)
+    assert {name: found[name] for name in before} == before
+
+
+def test_weights_that_read_another_size_are_not_validated_as_they_are(videos, tmp_path, call):
+    """infer.py brings frames to the size that they learned; validation does not."""
+    options = ("--data", videos, "--init", SHIPPED, "--out", tmp_path, "--num-epochs", 1)
+    status, said, err = call(train, *options, "--batch-size", 8)
+    assert (status, "Traceback" in err) == (0, False), err
+    assert "these weights read frames of 240 x 160 pixels" in said
+    assert [row["epoch"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["1"]
 
 
 def test_the_last_words_say_where_a_run_began(tmp_path, monkeypatch):
