@@ -115,4 +115,5 @@ def random_camera(images: Tensor) -> Tensor:
     x = torch.addcmul(mean * (exposure - contrast) * balance, x, contrast * balance)
     blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
     x = torch.lerp(x, blurred, uniform(*BLUR))
-    return x.addcmul_(torch.randn_like(x), NOISE * uniform(0, 1) ** 4).clamp_(0, 1)
+    noise = NOISE * torch.rand((len(images), 1, 1, 1), device=images.device) ** 4
+    return x.addcmul_(torch.randn_like(x), noise).clamp_(0, 1)

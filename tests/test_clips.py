@@ -52,7 +52,7 @@ def write_clip(path, frames, codec="libx264"):
 
 @pytest.fixture(scope="module")
 def frames():
-    return render_video(5, (4, 6), FRAMES, height=SIZE[0], width=SIZE[1])[0]
+    return render_video(2, (4, 6), FRAMES, height=SIZE[0], width=SIZE[1])[0]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_what_is_no_whole_clip_is_named_and_the_others_are_done(run, tmp_path, c
     os.mkfifo(data / "pipe.mp4")
     status, said, err = run("--data", data, "--out", tmp_path / "out")
     assert status == 1
-    assert "1 videos, 30 frames" in said
+    assert "1 video, 30 frames" in said
     assert "5 videos skipped" in err
     for name in ("half", "empty", "text", "sound", "pipe"):
         assert f"{name}.mp4" in err
@@ -292,7 +292,7 @@ def test_a_frame_of_another_size_is_a_fault_of_a_long_folder_too(run, tmp_path, 
     write_frames(tmp_path / "data/video_2", clip)
     status, said, err = run("--data", tmp_path / "data", "--out", tmp_path / "out")
     assert status == 1
-    assert "1 videos, 30 frames" in said
+    assert "1 video, 30 frames" in said
     assert "video_1: frames of different sizes: 96 x 64, 32 x 24" in err
 
 
@@ -499,7 +499,7 @@ def test_train_and_evaluate_take_proposals(published, tmp_path, call, own_cache,
     options = ("--num-epochs", 1, "--widths", 8, 16, "--batch-size", 3, "--device", "cpu")
     status, said, err = call(train, *given, "--out", tmp_path / "run", *options)
     assert status == 0, err
-    assert "3 training frames of 1 videos, 3 validation frames of 1 videos" in said
+    assert "3 training frames of 1 video, 3 validation frames of 1 video" in said
     for name, masks in truth.items():
         (tmp_path / "pred" / name).mkdir(parents=True)
         np.save(tmp_path / "pred" / name / "mask.npy", masks)

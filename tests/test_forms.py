@@ -228,7 +228,7 @@ def test_borders_are_drawn_by_the_pixel(labeller, monkeypatch):
     right, edge = {}, {}
     for finer in (False, True):
         monkeypatch.setattr(details, "SOLID", details.SOLID if finer else 99)  # never looks
-        for seed in (10, 13, 26, 29):
+        for seed in (4, 27, 33, 44):
             frames, truth = render_video(seed, (8, 9), num_frames=3)
             (found,) = labeller.label([frames])
             beside = borders(truth)

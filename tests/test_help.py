@@ -51,6 +51,6 @@ def test_without_a_checkpoint_the_shipped_weights_label_and_the_page_has_a_place
     monkeypatch.chdir(tmp_path)
     status, said, _ = call(infer, "--data", "data", "--out", "masks", "--device", "cpu")
     assert status == 0
-    assert "1 videos, 2 frames" in said
+    assert "1 video, 2 frames" in said
     assert call(preview, "--pred", "masks", "--data", "data")[0] == 0
     assert Path("preview/index.html").is_file()

@@ -104,7 +104,8 @@ def assert_labels_of(mask, video, network, tracking=True):
             objectness, kind = network.evidence(network.answers(frames))
         objects = objectness[:, 0] > 0
         assert (objects == (expected > 0)).double().mean() > 0.97
-        expected = fill_holes(follow(objects, gather(objects, kind), frames.shape[3] / 240).labels)
+        told = gather(objects, kind).half()  # by which classes of noise are chosen, by a hair
+        expected = fill_holes(follow(objects, told, frames.shape[3] / 240).labels)
     expected = expected.numpy()
     assert mask.dtype == np.uint8
     assert mask.shape == expected.shape
@@ -224,7 +225,7 @@ def test_records_of_nonsense_make_masks_anew(run, tmp_path, data, ckpt, text):
     record.write_text(text)
     status, out, _ = run(*arguments, "--resume")
     assert status == 0
-    assert "masks of 1 videos are made again: nothing tells what made them" in out
+    assert "masks of 1 video are made again: nothing tells what made them" in out
     record.unlink()
     os.mkfifo(record)  # which would be waited for
     assert "nothing tells what made them" in run(*arguments, "--resume")[1]
@@ -417,7 +418,7 @@ def test_resume_makes_a_table_of_others_again(run, tmp_path, data, ckpt):
     assert run("--ckpt", ckpt, "--out", out)[0] == 0
     (out / "a/video_2/objects.csv").write_text("of another run")
     said = run("--ckpt", ckpt, "--out", out, "--resume")[1]
-    assert "masks of 1 videos are made again: their objects.csv is not what was written" in said
+    assert "masks of 1 video are made again: their objects.csv is not what was written" in said
     assert not list(out.rglob("objects.csv"))
 
 
@@ -516,7 +517,7 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
     done = run_alone("infer.py", *arguments, *options, launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 of 3 videos have their masks already") == 1
-    assert "1 videos, 11 frames in " in done.stdout
+    assert "1 video, 11 frames in " in done.stdout
     again = masks_below(tmp_path / "out")
     assert all(np.array_equal(again[name], expected[name]) for name in expected)
 

@@ -37,7 +37,7 @@ print(json.dumps([sum(kernels.values()), waits, copies]))
 
 def test_a_video_on_a_pretended_gpu_waits_for_each_look_once(tmp_path):
     """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
-    frames, _ = render_video(5, (4, 6), num_frames=8)
+    frames, _ = render_video(6, (4, 6), num_frames=8)
     write_video(tmp_path / "video_0", frames)
     paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
     status, printed, errors = pretend.in_new_process(PRETEND, *paths)

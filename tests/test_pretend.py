@@ -21,7 +21,8 @@ from collections import Counter
 CPU, DEVICE = torch.device("cpu"), torch.device("pretend", 0)
 
 def precision(name):
-    devices.has_bfloat16 = optim.has_bfloat16 = lambda device: name == "bf16"
+    bf16 = lambda device: name == "bf16"
+    devices.has_bfloat16 = optim.has_bfloat16 = model.has_bfloat16 = bf16
 
 def batch():
     torch.manual_seed(3)

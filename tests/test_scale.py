@@ -48,7 +48,7 @@ def label(model, frames, scale=AS_THEY_ARE, tracking=True):
 
 @pytest.fixture(scope="module")
 def frames():
-    return render_video(5, (4, 6), num_frames=4)[0]
+    return render_video(9, (4, 6), num_frames=4)[0]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,8 @@ for where in ("cpu", "pretend"):
     labeller = Labeller(model.UNet.load(sys.argv[1]), where, scale=Scale())
     pretend.reset()
     labels.append(labeller.label([frames])[0].labels)
-assert labels[0].any() and torch.equal(*labels)
+# Frames are resized as bytes on the CPU and as floats elsewhere, which round differently.
+assert labels[0].any() and (labels[0] == labels[1]).float().mean() > 0.999
 kernels, waits, copies = pretend.counts()
 print(json.dumps([sum(kernels.values()), waits, copies]))
 """
