@@ -107,7 +107,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UserError(f"{path} holds no checkpoint: give a file that train.py wrote")
-    checkpoint = _as_ours(checkpoint)
+    checkpoint = _as_ours(checkpoint, path)
     has_model = isinstance(checkpoint.get("model"), dict)
     found = checkpoint.get("format", CHECKPOINT_FORMAT)
     if not (has_model and isinstance(checkpoint.get("model_config"), dict) and type(found) is int):
@@ -123,8 +123,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint | {"digest": true}
 
 
-def _as_ours(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint as `save_checkpoint` gets it, whoever saved the weights of a UNet."""
+def _as_ours(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a checkpoint as `save_checkpoint` gets it, whoever saved the weights of a UNet.
+
+    Raises:
+        UserError: weights of another network.
+    """
     if "model_config" in checkpoint:
         return checkpoint
     state = checkpoint
@@ -137,7 +141,12 @@ def _as_ours(checkpoint: dict[str, Any]) -> dict[str, Any]:
         state = {name[len(prefix) :]: value for name, value in state.items()}
     first = (state.get(f"encoder.{k}.0.conv1.weight") for k in itertools.count())
     widths = [len(weight) for weight in itertools.takewhile(lambda w: w is not None, first)]
-    return {"model": state, "model_config": {"widths": widths} if widths else {}}
+    if not widths:
+        raise UserError(
+            f"{path} holds the weights of another network ({next(iter(state))}, ...), not of "
+            "model.py's UNet: give a file that train.py wrote"
+        )
+    return {"model": state, "model_config": {"widths": widths}}
 
 
 def is_finite(state: dict[str, torch.Tensor]) -> bool:

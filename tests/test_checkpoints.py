@@ -22,8 +22,8 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
     assert torch.equal(found["model"].pop("w"), checkpoint["model"].pop("w"))
     added = {"format": CHECKPOINT_FORMAT, "version": VERSION}
     assert found == checkpoint | added | {"digest": found["digest"]}
-    torch.save({"w": torch.ones(2)}, tmp_path / "bare.pt")
-    assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {}
+    torch.save(UNet((4, 8)).state_dict(), tmp_path / "bare.pt")
+    assert load_checkpoint(tmp_path / "bare.pt")["model_config"] == {"widths": [4, 8]}
 
 
 @pytest.mark.parametrize(("version", "needle"), [(1, "older version"), (99, "newer version")])
@@ -153,3 +153,13 @@ def test_a_whole_model_is_named_as_what_it_is(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(UserError, match="x.pt holds Python objects, .*: give .* state_dict"):
         load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("inside", [None, "state_dict"])
+def test_weights_of_another_network_are_named_as_such(tmp_path, inside):
+    state = torch.nn.Sequential(torch.nn.Linear(2, 2)).state_dict()
+    torch.save({inside: state} if inside else state, tmp_path / "net.pt")
+    with pytest.raises(
+        UserError, match=r"net\.pt holds the weights of another network \(0\.weight"
+    ):
+        load_checkpoint(tmp_path / "net.pt")
