@@ -28,7 +28,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ from bench.speed import (
 from checkpoints import SHIPPED
 from model import UNet
 from optim import USUAL_BATCH
-from render import DEMO_DATA, end, follow_parent, render_demo, without_ctrl_c
+from render import DEMO_DATA, end, follow_parent, render_demo, start, without_ctrl_c
 from videos import Video, find_videos
 
 try:
@@ -85,13 +84,8 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
     Raises:
         UserError: it was killed. RuntimeError: it failed, with its traceback.
     """
-    context = get_context("spawn")
-    heard, told = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(told, job, args))
-    resource_tracker.ensure_running()  # here, since its start lets Ctrl-C through again
     with without_ctrl_c():  # this process ends it
-        process.start()
-    told.close()
+        process, heard = start(_tell, job, args, daemon=False)  # it may start readers
     try:
         result, fault = heard.recv()
     except EOFError:
@@ -106,7 +100,7 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
     return result
 
 
-def _tell(told: Connection, job: Callable[..., int | None], args: tuple) -> None:
+def _tell(job: Callable[..., int | None], args: tuple, told: Connection) -> None:
     """Send what job(*args) returns, or the traceback of its failure."""
     follow_parent()
     try:

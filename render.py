@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -142,16 +142,12 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
     Raises:
         UserError: a process was killed. What else failed in one is raised as it is.
     """
-    context, shares = get_context("spawn"), [jobs[n::workers] for n in range(workers)]
+    shares = [jobs[n::workers] for n in range(workers)]
     running: dict[BaseProcess, Connection] = {}
-    resource_tracker.ensure_running()  # here, since its start lets Ctrl-C through again
     try:
         with without_ctrl_c():  # which they never get: this process ends them
             for share in shares:
-                heard, told = context.Pipe(duplex=False)
-                process = context.Process(target=render_share, args=(share, told), daemon=True)
-                process.start()
-                told.close()
+                process, heard = start(render_share, share, daemon=True)
                 running[process] = heard
         rest = [share[::-1] for share in shares]
         while running:
@@ -166,6 +162,16 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
                     raise failure(heard)
     finally:
         end(list(running))
+
+
+def start(job: Callable[..., None], *args: Any, daemon: bool) -> tuple[BaseProcess, Connection]:
+    """Start job(*args, told) in a process; return it, and the end of the pipe that hears `told`."""
+    context = get_context("spawn")
+    heard, told = context.Pipe(duplex=False)
+    process = context.Process(target=job, args=(*args, told), daemon=daemon)
+    process.start()
+    told.close()
+    return process, heard
 
 
 def failure(heard: Connection) -> Exception:
@@ -210,6 +216,7 @@ def without_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # first, since its start lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -169,6 +169,11 @@ class Run:
         self.epoch, self.done = self.epoch + 1, 0
         self.loss.begin()
 
+    @property
+    def begins(self) -> bool:
+        """Whether it has not had a step yet."""
+        return not (self.step or self.loss.steps)
+
     def begin_clock(self) -> None:
         """Count the pace from now on."""
         self.since = time.monotonic(), self.step

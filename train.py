@@ -138,11 +138,11 @@ def main() -> None:
     reading = {"cache": not args.no_cache, "proposals": args.proposals}
     training = CLEVRDataset(train_videos, **reading)
     validation = CLEVRDataset(val_videos, **reading)
-    parts = (("training", training), ("validation", validation))
     counts = [
-        (counted(len(d), f"{kind} frame"), counted(len(d.videos), "video")) for kind, d in parts
+        f"{counted(len(part), f'{kind} frame')} of {counted(len(part.videos), 'video')}"
+        for kind, part in (("training", training), ("validation", validation))
     ]
-    processes.say(", ".join(" of ".join(pair) for pair in counts))
+    processes.say(", ".join(counts))
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
@@ -167,7 +167,7 @@ def main() -> None:
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
-    first = validates_first(init, run.facts["frame_size"], processes)
+    first = run.begins and validates_first(init, run.facts["frame_size"], processes)
     train_epochs(run, loader, val_loader, args.num_epochs, args.out, first)
     if processes.first:
         print(last_words(args.out, args.data))
@@ -233,20 +233,20 @@ def train_epochs(
     val_loader: DataLoader,
     num_epochs: int,
     out: Path,
-    from_weights: bool = False,
+    validate_first: bool = False,
 ) -> None:
     """Train, validate and save epoch by epoch.
 
-    What begins with trained weights is validated and saved before: it may be the best there is.
+    With `validate_first` what it begins with is validated and saved before: it may be the best.
     """
     processes, epoch_steps = run.processes, len(loader)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
     network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, run.epoch if run.step else -1, bool(run.replaces))
+        log = Log(out, -1 if run.begins else run.epoch, bool(run.replaces))
     with Keeper(run, out) as keeper:
-        if from_weights and not (run.step or run.loss.steps):
+        if validate_first:
             figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
             if processes.first:
                 end_epoch(run, log, figures, out, num_epochs)
