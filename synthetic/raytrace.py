@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from synthetic.scene import SHRINK, SMALL, Scene, dot, unit
+from classes import FRAME_SIZE, NUM_CLASSES
+from synthetic.scene import LEAST, SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance around each lamp in metal
@@ -333,8 +334,20 @@ def render_frames(
     ids = torch.zeros_like(closeness, dtype=torch.uint8)
     closeness[at], ids[at] = torch.where(shown, 1 / t, 0), torch.where(shown, scene.ids[hit], 0)
     _, index = F.max_pool2d(closeness[:, None, 1:, 1:], 2, return_indices=True)
-    masks = ids[:, 1:, 1:].flatten(1).gather(1, index.flatten(1))
-    return picture.view(-1, height, width, 3), masks.view(-1, height, width)
+    masks = ids[:, 1:, 1:].flatten(1).gather(1, index.flatten(1)).view(-1, height, width)
+    return picture.view(-1, height, width, 3), without_slivers(masks)
+
+
+def without_slivers(masks: Tensor) -> Tensor:
+    """Return masks (T, H, W) uint8 in which objects of fewer than LEAST pixels are background.
+
+    LEAST is of frames of the usual width; others have as many more or fewer as their area asks for.
+    """
+    ids = masks.flatten(1).long()
+    area = torch.zeros(len(ids), NUM_CLASSES, device=ids.device)
+    area = area.scatter_add_(1, ids, torch.ones_like(ids, dtype=area.dtype)).gather(1, ids)
+    least = LEAST * (masks.shape[2] / FRAME_SIZE[1]) ** 2
+    return masks * (area >= least).view_as(masks)
 
 
 def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:

@@ -199,7 +199,7 @@ def test_version_of_the_renderer_rises_with_its_bytes():
     """If this fails, seeds give other videos than before: raise RENDERER and these figures."""
     frames, masks = render.render_video(2, (3, 3), num_frames=2, height=80, width=120)
     ids, areas = masks.unique(return_counts=True)
-    assert render.RENDERER == 3
+    assert render.RENDERER == 4
     assert ids.tolist() == [0, 1, 27]
     assert areas.tolist() == pytest.approx([18620, 396, 184], abs=3)
     assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(
@@ -237,7 +237,7 @@ def test_a_folder_takes_one_set_of_settings(settings, change, started):
 
 def test_videos_of_another_renderer_are_not_mixed_in(started, monkeypatch):
     monkeypatch.setattr(render, "RENDERER", render.RENDERER + 1)
-    with pytest.raises(UserError, match=r"renderer 3, not 4.*: rename that folder"):
+    with pytest.raises(UserError, match=r"renderer 4, not 5.*: rename that folder"):
         render.render_dataset(started, 1, progress=False)
 
 
