@@ -2,7 +2,9 @@
 
 Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a cross
 entropy each over object pixels alone, so that the 95 % of background do not drown what the objects
-are. Coarse stages learn from the pixel at the middle of each cell.
+are. Coarse stages learn from the pixel at the middle of each cell; of the finest, which tells
+attributes by cells of 2 x 2 pixels, what it says is interpolated at the pixels, and those where two
+objects meet weigh more, as in the first UNet (Ronneberger et al. 2015, arXiv:1505.04597).
 
 All shapes are fixed, whatever the frames hold: nothing here waits for a GPU to say how many pixels
 are objects, and a frame without any has a loss too.
@@ -16,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
+from metrics import borders
 
 BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
 COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
+BORDER_WEIGHT = 4.0  # of pixels up to two away from another object: what are they
 
 Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 
@@ -59,30 +63,30 @@ def _sums(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tens
     """Return what both losses are made of, for each answer and frame, (answers, B) each.
 
     They are the mean cross entropy of objectness, the sum of that of the attributes over object
-    pixels, and the number of these. The cells of all answers go through in one row: few, large
+    pixels, and the weight of these. The cells of all answers go through in one row: few, large
     operations.
     """
-    masks = [*(middle_ids(mask, objectness) for objectness, _ in answers[:-1]), mask]
+    ids = [*(middle_ids(mask, objectness) for objectness, _ in answers[:-1]), mask]
+    sizes = [part[0].numel() for part in ids]
+    ids = _in_a_row(ids, dim=1)  # (B, all cells)
+    inside = ids > 0
     logits = _in_a_row([objectness[:, 0] for objectness, _ in answers], dim=1).float()
-    inside = _in_a_row(masks, dim=1) > 0  # (B, all cells)
     # Binary cross entropy with logits.
     objectness = F.softplus(torch.where(inside, -logits, logits))
 
     cells = [attributes for _, attributes in answers]
-    counts = _count_factors(masks, cells, one_hot)  # (B, 13, all cells of attributes)
+    cells[-1] = _at_pixels(cells[-1], mask)
     logits = _in_a_row(cells, dim=2).float().split(FACTOR_SIZES, dim=1)
-    # All pixels of a cell share its logits: its cross entropy is the log-probability of each
-    # factor times the number of its pixels that have it.
     log_likelihood = torch.cat([F.log_softmax(factor, dim=1) for factor in logits], dim=1)
-    attributes = -(log_likelihood * counts).sum(dim=1)
-    objects = counts[:, : FACTOR_SIZES[0]].sum(dim=1)
+    true = F.embedding(ids.int(), one_hot).mT  # (B, 13, all cells), nothing of background
+    weight = F.pad(_border_weight(mask).flatten(1), (sum(sizes[:-1]), 0), value=1.0) * inside
+    attributes = -(log_likelihood * true).sum(dim=1) * weight
 
     # Back from the row to the answers.
-    sizes = [[part[0, 0].numel() for part in parts] for parts in zip(*answers, strict=True)]
     return (
-        torch.stack([part.mean(dim=1) for part in objectness.split(sizes[0], dim=1)]),
-        torch.stack([part.sum(dim=1) for part in attributes.split(sizes[1], dim=1)]),
-        torch.stack([part.sum(dim=1) for part in objects.split(sizes[1], dim=1)]),
+        torch.stack([part.mean(dim=1) for part in objectness.split(sizes, dim=1)]),
+        torch.stack([part.sum(dim=1) for part in attributes.split(sizes, dim=1)]),
+        torch.stack([part.sum(dim=1) for part in weight.split(sizes, dim=1)]),
     )
 
 
@@ -91,21 +95,18 @@ def _in_a_row(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat([part.flatten(-2) for part in parts], dim)
 
 
-def _count_factors(masks: list[Tensor], cells: list[Tensor], one_hot: Tensor) -> Tensor:
-    """Return how many pixels of each cell have which shape, material and colour, (B, 13, cells)."""
-    widths = [cell_width(c, mask) for c, mask in zip(cells, masks, strict=True)]
-    rows = []
-    for mask, c, width in zip(masks, cells, widths, strict=True):
-        # The ids of the pixels of each cell, (B, cells, width^2), background beyond the frame.
-        batch, (height, columns) = len(mask), c.shape[-2:]
-        below, right = height * width - mask.shape[1], columns * width - mask.shape[2]
-        mask = F.pad(mask, (0, right, 0, below)) if below or right else mask
-        ids = mask.reshape(batch, height, width, columns, width).transpose(2, 3)
-        ids = ids.reshape(batch, height * columns, width**2)
-        rows.append(F.pad(ids, (0, max(widths) ** 2 - width**2)))
-    ids = torch.cat(rows, dim=1)
-    counts = F.embedding_bag(ids.flatten(0, 1).int(), one_hot, mode="sum")  # background is none
-    return counts.view(*ids.shape[:2], -1).mT.contiguous()
+def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
+    """Interpolate what cells (B, 13, h, w) say at the pixels of a mask (B, H, W)."""
+    width, (height, columns) = cell_width(cells, mask), mask.shape[1:]
+    if width > 1:
+        cells = F.interpolate(cells, scale_factor=width, mode="bilinear")
+    return cells[..., :height, :columns]
+
+
+def _border_weight(mask: Tensor) -> Tensor:
+    """Return BORDER_WEIGHT where an object is near another, else 1, (B, H, W)."""
+    near = F.max_pool2d(borders(mask)[:, None].float(), 3, stride=1, padding=1)[:, 0]
+    return 1 + (BORDER_WEIGHT - 1) * near
 
 
 def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def borders(labels: Tensor) -> Tensor:
 
     (T, H, W) bool: where two objects meet, one pixel on each side.
     """
-    found = torch.zeros(labels.shape, dtype=torch.bool)
+    found = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
     for axis in (1, 2):
         length = labels.shape[axis] - 1
         here, next_one = (labels.narrow(axis, start, length) for start in (0, 1))
