@@ -15,7 +15,7 @@ import model as model_module
 from checkpoints import SHIPPED, save_checkpoint
 from classes import NUM_CLASSES, class_id
 from devices import compile_network
-from loss import cell_width, middle_ids
+from loss import cell_width, middle_ids, one_hot_factors
 from model import Answer, UNet
 from utils import UserError
 
@@ -211,6 +211,27 @@ def test_loss_by_hand():
     expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
     loss = network().loss([Answer(logits[:, :1], logits[:, 1:])], mask)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_cells_say_is_interpolated_at_the_pixels():
+    """Of two cells of 2 x 2 pixels, in the second column: three parts of the left one."""
+    mask = torch.zeros(1, 2, 4, dtype=torch.int64)
+    mask[0, 0, 1] = class_id("sphere", "rubber", "brown")
+    objectness = torch.where(mask > 0, 50.0, -50.0)[:, None]
+    attributes = torch.zeros(1, 13, 1, 2)
+    attributes[0, 1, 0] = torch.tensor([4.0, -4.0])  # sphere: 0.75 * 4 - 0.25 * 4
+    expected = np.log((np.exp(2.0) + 2) / np.exp(2.0)) + np.log(2 * 8)
+    loss = network().loss([Answer(objectness, attributes)], mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pixels_where_two_objects_meet_weigh_four_times_as_much():
+    a, b = class_id("sphere", "rubber", "brown"), class_id("cube", "metal", "red")
+    mask = torch.tensor([[[a, a, a, a, b, b, b, b]]])
+    attributes = 50 * one_hot_factors()[mask].movedim(-1, 1)
+    attributes[..., 2:6] = 0  # nothing is known up to two pixels from the border
+    loss = network().loss([Answer(torch.full((1, 1, 1, 8), 50.0), attributes)], mask)
+    assert loss.item() == pytest.approx(4 * 4 / (4 * 4 + 4) * np.log(48), rel=1e-6)
 
 
 def test_loss_of_a_frame_without_objects_is_finite():

@@ -67,6 +67,16 @@ def test_other_sizes():
     assert masks.shape == (1, 80, 120)
 
 
+def test_what_shows_fewer_than_20_pixels_has_no_label():
+    masks = torch.zeros(2, 160, 240, dtype=torch.uint8)
+    masks[0, :4, :5], masks[0, 10, :19] = 7, 8
+    masks[1, :4, :5], masks[1, 3, 4] = 7, 0  # the same object, one pixel fewer
+    labels = raytrace.without_slivers(masks)
+    assert labels[0].unique(return_counts=True)[1].tolist() == [160 * 240 - 20, 20]
+    assert not labels[1].any()
+    assert raytrace.without_slivers(masks[:, :80, :120])[1].any(), "5 are enough in a quarter"
+
+
 @pytest.mark.parametrize(("height", "width"), [(82, 120), (80, 121)])
 def test_size_that_is_no_multiple_of_four_is_named(height, width):
     with pytest.raises(ValueError, match=f"height {height} and width {width} must be multiples"):
