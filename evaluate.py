@@ -32,8 +32,8 @@ from metrics import (
     video_figures,
 )
 from proposals import check_names, has_proposals, read_masks
-from utils import UserError, make_parser, run_script
-from videos import MASK, find_videos, read_labels, size_text
+from utils import UserError, at_least, make_parser, run_script
+from videos import MASK, find_videos, read_labels, read_truth, size_text
 
 NUM_WORST = 10  # videos listed at the end of the report
 
@@ -84,10 +84,13 @@ class Tally:
         ]
 
 
-def score(pred: Path, data: Path, proposals: Path | None = None) -> dict[str, Any]:
+def score(
+    pred: Path, data: Path, proposals: Path | None = None, every: int = 1
+) -> dict[str, Any]:
     """Compare every labelled video below `data` with its prediction below `pred`.
 
-    With `proposals` the true labels are those of CLEVRER's proposals in that folder.
+    With `proposals` the true labels are those of CLEVRER's proposals in that folder; with `every` of
+    6 the predictions are of every sixth frame.
 
     Videos with faulty labels are named on stderr and left out.
 
@@ -95,7 +98,7 @@ def score(pred: Path, data: Path, proposals: Path | None = None) -> dict[str, An
         UserError: a prediction is missing, faulty or of another size than the truth, or there is
             nothing to score.
     """
-    tally, missing, skipped, videos = Tally(), [], 0, find_videos(data)
+    tally, missing, skipped, videos = Tally(), [], 0, find_videos(data, every)
     if proposals:
         check_names(video for video in videos if has_proposals(video, proposals))
     for video in videos:
@@ -103,10 +106,11 @@ def score(pred: Path, data: Path, proposals: Path | None = None) -> dict[str, An
         try:
             if proposals:
                 known = has_proposals(video, proposals)
-                numbers = video.numbers or range(video.count()) if known else None
+                taken = range(0, every * video.count(), every) if known else None
+                numbers = video.numbers or taken
                 truth = read_masks(video, proposals, numbers) if known else None
             else:
-                truth = read_labels(video.path, len(video.names))
+                truth = read_truth(video, len(video.names))
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
@@ -178,13 +182,14 @@ def main() -> None:
     add("--pred", "--masks", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
     add("--proposals", type=Path, help="folder of CLEVRER's, as true labels (default: none)")
+    add("--every", type=at_least(1), default=1, help="as of infer.py (default: %(default)s)")
     add = parser.add_argument_group("files beside the report (default: none)").add_argument
     add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
     args = parser.parse_args()
 
     if not args.pred.is_dir():
         raise UserError(f"{args.pred} is not a folder")
-    result = score(args.pred, args.data, args.proposals)
+    result = score(args.pred, args.data, args.proposals, args.every)
     result["command"] = shlex.join(["python", *sys.argv])
     if args.json:
         write_json(args.json, result, indent=1)

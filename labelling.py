@@ -114,8 +114,16 @@ class Labeller:
         frames of each, from 0 by default.
 
         Raises:
-            UserError: the frames would be too large for the network.
+            UserError: they are no such videos, or too large for the network.
         """
+        for video in videos:
+            if video.dtype != torch.uint8 or video.dim() != 4 or video.shape[1] != 3:
+                what = f"{video.dtype} {tuple(video.shape)}"
+                raise UserError(f"a video is {what}, not uint8 (T, 3, H, W): give bytes, 0 to 255")
+            if not len(video) or video.shape[2:] != videos[0].shape[2:]:
+                raise UserError("videos of one call have frames, all of one size: label each alone")
+        if not videos:
+            return []
         numbers = numbers or [range(len(video)) for video in videos]
         views = self.scale.views(*videos[0].shape[2:])
         if len(views) == 1 and not any(may_have_bars(video[0]) for video in videos if len(video)):

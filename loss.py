@@ -2,9 +2,10 @@
 
 Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a cross
 entropy each over object pixels alone, so that the 95 % of background do not drown what the objects
-are. Coarse stages learn from the pixel at the middle of each cell; of the finest, which tells
-attributes by cells of 2 x 2 pixels, what it says is interpolated at the pixels, and those where two
-objects meet weigh more, as in the first UNet (Ronneberger et al. 2015, arXiv:1505.04597).
+are. Coarse stages learn from the pixel at the middle of each cell. The finest has attributes for
+cells of 2 x 2 pixels: they are interpolated at the pixels, as `borders.sharpen` reads them. Pixels
+near a border between two objects weigh more, after the weight map of the first UNet (Ronneberger et
+al. 2015, arXiv:1505.04597), which weighs the gaps between objects.
 
 All shapes are fixed, whatever the frames hold: nothing here waits for a GPU to say how many pixels
 are objects, and a frame without any has a loss too.
@@ -22,7 +23,7 @@ from metrics import borders
 
 BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
 COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
-BORDER_WEIGHT = 4.0  # of pixels up to two away from another object: what are they
+BORDER_WEIGHT = 4.0  # of object pixels within two of where two classes touch; 1 elsewhere
 
 Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 
@@ -30,9 +31,11 @@ Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss (a scalar) of what `answers` says of frames.
 
+    Of several processes each divides by the objects of its own frames.
+
     Args:
         answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes; of
-            the last (B, 1, H, W) and (B, 13, H/2, W/2).
+            the last (B, 1, H, W) and (B, 13, H/2, W/2), rounded up.
         mask: Ids (B, H, W), any integer type.
         one_hot: `one_hot_factors()` on the same device.
     """
@@ -62,9 +65,9 @@ def one_hot_factors() -> Tensor:
 def _sums(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what both losses are made of, for each answer and frame, (answers, B) each.
 
-    They are the mean cross entropy of objectness, the sum of that of the attributes over object
-    pixels, and the weight of these. The cells of all answers go through in one row: few, large
-    operations.
+    They are the mean cross entropy of objectness, the weighted sum of that of the attributes over
+    object pixels, and the sum of these weights. The cells of all answers go through in one row:
+    few, large operations.
     """
     ids = [*(middle_ids(mask, objectness) for objectness, _ in answers[:-1]), mask]
     sizes = [part[0].numel() for part in ids]
@@ -75,11 +78,12 @@ def _sums(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tens
     objectness = F.softplus(torch.where(inside, -logits, logits))
 
     cells = [attributes for _, attributes in answers]
-    cells[-1] = _at_pixels(cells[-1], mask)
+    cells[-1] = _at_pixels(cells[-1].float(), mask)
     logits = _in_a_row(cells, dim=2).float().split(FACTOR_SIZES, dim=1)
     log_likelihood = torch.cat([F.log_softmax(factor, dim=1) for factor in logits], dim=1)
     true = F.embedding(ids.int(), one_hot).mT  # (B, 13, all cells), nothing of background
-    weight = F.pad(_border_weight(mask).flatten(1), (sum(sizes[:-1]), 0), value=1.0) * inside
+    weight = _border_weight(mask).flatten(1)
+    weight = F.pad(weight, (sum(sizes[:-1]), 0), value=1.0) * inside  # 1 for coarse answers' cells
     attributes = -(log_likelihood * true).sum(dim=1) * weight
 
     # Back from the row to the answers.
@@ -96,7 +100,7 @@ def _in_a_row(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
-    """Interpolate what cells (B, 13, h, w) say at the pixels of a mask (B, H, W)."""
+    """Return what cells (B, 13, h, w) say, interpolated at pixels (B, H, W): (B, 13, H, W)."""
     width, (height, columns) = cell_width(cells, mask), mask.shape[1:]
     if width > 1:
         cells = F.interpolate(cells, scale_factor=width, mode="bilinear")
@@ -104,7 +108,7 @@ def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
 
 
 def _border_weight(mask: Tensor) -> Tensor:
-    """Return BORDER_WEIGHT where an object is near another, else 1, (B, H, W)."""
+    """Return BORDER_WEIGHT near where objects meet, background too, else 1; (B, H, W)."""
     near = F.max_pool2d(borders(mask)[:, None].float(), 3, stride=1, padding=1)[:, 0]
     return 1 + (BORDER_WEIGHT - 1) * near
 
@@ -121,5 +125,6 @@ def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:
 
 
 def cell_width(cells: Tensor, pixels: Tensor) -> int:
-    """Return how many pixels (..., W) wide the square cells (..., w) are, a power of two."""
-    return 2 ** math.ceil(math.log2(pixels.shape[-1] / cells.shape[-1]))
+    """Return how many pixels (..., H, W) wide the square cells (..., h, w) are, a power of two."""
+    sides = zip(pixels.shape[-2:], cells.shape[-2:], strict=True)
+    return 2 ** max(math.ceil(math.log2(p / c)) for p, c in sides)

@@ -1,8 +1,9 @@
 """How well pixels and objects are labelled: every figure that the scripts report.
 
-All come from integer confusion matrices, (49, 49) of a data set or (T, 49, 49) of the frames of a
-video, whose rows are true classes and columns predicted ones: counts, which can be added up over
-frames, videos and processes.
+Nearly all come from integer confusion matrices, (49, 49) of a data set or (T, 49, 49) of the frames
+of a video, whose rows are true classes and columns predicted ones: counts, which can be added up
+over frames, videos and processes. `borders` says where two classes meet, for `border_accuracy` and
+for the loss.
 """
 
 from typing import Any, NamedTuple
@@ -154,9 +155,10 @@ def panoptic_quality(segments: Segments) -> dict[str, float | None]:
 
 
 def borders(labels: Tensor) -> Tensor:
-    """Return which pixels of (T, H, W) ids lie beside another object, up, down, left or right.
+    """Return which pixels of (T, H, W) ids lie beside one of another class, background apart.
 
-    (T, H, W) bool: where two objects meet, one pixel on each side.
+    (T, H, W) bool: where two objects meet, one pixel on each side, up, down, left and right. Two
+    objects of one class have no border.
     """
     found = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
     for axis in (1, 2):

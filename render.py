@@ -1,4 +1,4 @@
-"""Render look-alike CLEVRER videos with exact masks, by ray tracing in plain PyTorch.
+"""Render look-alike CLEVRER videos and their masks, by ray tracing in plain PyTorch.
 
     python render.py --out data/two --videos 2                   # a smoke run: seconds
     python render.py --out data/rendered --videos 60 --seed 1    # killed? the same command goes on

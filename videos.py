@@ -281,18 +281,6 @@ def read_mask(folder: str | Path, frames: int | None = None) -> np.ndarray | Non
         raise UserError(_unreadable(path, error)) from None
 
 
-def read_truth(video: Video, frames: int, size: Sequence[int]) -> Tensor | None:
-    """Return the true labels of the frames of a video that are taken, as of `read_labels`."""
-    truth = read_labels(video.path, None if video.every > 1 else frames, size)
-    if truth is not None and video.every > 1:
-        truth = truth[:: video.every]
-        if len(truth) != frames:
-            raise UserError(
-                f"{video}: its mask has {len(truth)} of {frames} frames that are taken."
-            )
-    return truth
-
-
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0][:REASON]
     return f"{path}: unreadable mask ({reason}), replace the file."
@@ -389,6 +377,18 @@ def read_labels(
     if faults := _mask_faults(folder, mask, frames, size)[0]:
         raise UserError(" ".join(faults))
     return torch.from_numpy(mask.astype(np.uint8))
+
+
+def read_truth(video: Video, frames: int, size: Sequence[int] | None = None) -> Tensor | None:
+    """Return the true labels of the frames of a video that are taken, as of `read_labels`."""
+    truth = read_labels(video.path, None if video.every > 1 else frames, size)
+    if truth is not None and video.every > 1:
+        truth = truth[:: video.every]
+        if len(truth) != frames:
+            raise UserError(
+                f"{video}: its mask has {len(truth)} of {frames} frames that are taken."
+            )
+    return truth
 
 
 @dataclass

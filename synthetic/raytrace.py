@@ -1,4 +1,4 @@
-"""What a camera sees of a scene: exact masks, and pictures by ray tracing in plain PyTorch.
+"""What a camera sees of a scene: pictures by ray tracing in plain PyTorch, and their masks.
 
 Vectors are (M, 3); a pair is a ray and an object that it may hit.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from classes import FRAME_SIZE, NUM_CLASSES
-from synthetic.scene import LEAST, SHRINK, SMALL, Scene, dot, unit
+from synthetic.scene import FEWEST, SHRINK, SMALL, Scene, dot, unit
 
 BEVEL = 0.06  # how far from an edge its rounding begins
 LAMP_GLINT = np.array([10.0, 3.0, 7.0, 10.0])  # radiance around each lamp in metal
@@ -339,15 +339,15 @@ def render_frames(
 
 
 def without_slivers(masks: Tensor) -> Tensor:
-    """Return masks (T, H, W) uint8 in which objects of fewer than LEAST pixels are background.
+    """Return masks (T, H, W) uint8 in which what shows fewer than FEWEST pixels is background.
 
-    LEAST is of frames of the usual width; others have as many more or fewer as their area asks for.
+    Each frame is looked at alone. In frames of another width FEWEST grows with its square.
     """
     ids = masks.flatten(1).long()
     area = torch.zeros(len(ids), NUM_CLASSES, device=ids.device)
     area = area.scatter_add_(1, ids, torch.ones_like(ids, dtype=area.dtype)).gather(1, ids)
-    least = LEAST * (masks.shape[2] / FRAME_SIZE[1]) ** 2
-    return masks * (area >= least).view_as(masks)
+    fewest = FEWEST * (masks.shape[2] / FRAME_SIZE[1]) ** 2
+    return masks * (area >= fewest).view_as(masks)
 
 
 def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:

@@ -31,9 +31,9 @@ BOUND = np.array([0.39 * 3**0.5, 0.405, math.hypot(0.42, 0.395)])  # radius of a
 # on real video_0 and video_1.
 NARROW = np.array([0.0, 0.2, 0.4])
 SHRINK, SMALL = 0.07, 0.0267  # SMALL: 8 pixels in a frame 240 wide
-# What shows fewer pixels than this in a frame 240 wide has no label: a detector does not see it.
-# In the real videos objects of 11 and of 27 pixels have none yet, one of 25 has.
-LEAST = 20
+# What shows fewer pixels than this in a frame 240 wide has no label: a detector does not see it. In
+# the real videos two objects of 11 and 27 pixels are not labelled yet, one of 25 is.
+FEWEST = 20
 
 # One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky: it
 # makes the dark core of real shadows, close to the right of what stands there.

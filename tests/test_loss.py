@@ -8,15 +8,15 @@ from torch.nn import functional as F
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
 from loss import (
     BACKGROUND_WEIGHT,
+    BORDER_WEIGHT,
     COARSE_WEIGHT,
-    cell_width,
     frame_losses,
     loss,
     middle_ids,
     one_hot_factors,
 )
 
-SIZES = [(64, 96), (37, 53), (16, 16)]
+SIZES = [(64, 96), (37, 53), (16, 16), (20, 3)]
 
 
 def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
@@ -25,22 +25,40 @@ def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
     for i, (objectness, attributes) in enumerate(answers):
         finest = i == len(answers) - 1
         ids = mask if finest else middle_ids(mask, objectness)
-        inside = ids > 0
+        inside, weight = ids > 0, torch.ones(ids.shape)
         part = F.binary_cross_entropy_with_logits(objectness[:, 0].float(), inside.float())
         part = part * BACKGROUND_WEIGHT
         if inside.any():
-            logits = at_pixels(attributes, inside).float().split(FACTOR_SIZES, dim=1)
+            if finest:
+                attributes = F.interpolate(attributes, scale_factor=2, mode="bilinear")
+                attributes = attributes[..., : ids.shape[1], : ids.shape[2]]
+                weight = border_weight(ids)
+            logits = attributes.movedim(1, -1)[inside].split(FACTOR_SIZES, dim=1)
+            weight = weight[inside]
             for answer, truth in zip(logits, factors(ids[inside].long()), strict=True):
-                part = part + F.cross_entropy(answer, truth)
+                each = F.cross_entropy(answer, truth, reduction="none")
+                part = part + (weight * each).sum() / weight.sum()
         total = total + (1 if finest else COARSE_WEIGHT) * part
     return total
 
 
-def at_pixels(cells: Tensor, where: Tensor) -> Tensor:
-    """Return (N, C): of cells (B, C, h, w) those at the N pixels of `where` (B, H, W)."""
-    image, row, column = where.nonzero(as_tuple=True)
-    width = cell_width(cells, where)
-    return cells.movedim(1, -1)[image, row // width, column // width]
+def border_weight(ids: Tensor) -> Tensor:
+    """The definition: pixels up to one away, corners too, from one beside another class."""
+    weight = torch.ones(ids.shape)
+    for n, frame in enumerate(ids.tolist()):
+        beside = {
+            (y + down, x + right)
+            for y, row in enumerate(frame)
+            for x, own in enumerate(row)
+            for v, u in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1))
+            if 0 <= v < len(frame) and 0 <= u < len(row) and own and frame[v][u] not in (0, own)
+            for down in (-1, 0, 1)
+            for right in (-1, 0, 1)
+        }
+        for y, x in beside:
+            if 0 <= y < len(frame) and 0 <= x < len(frame[0]):
+                weight[n, y, x] = BORDER_WEIGHT
+    return weight
 
 
 def answers(size: tuple[int, int], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
@@ -59,6 +77,7 @@ def answers(size: tuple[int, int], scale: float = 1.0) -> list[tuple[Tensor, Ten
 def masks(size: tuple[int, int]) -> Tensor:
     """Ids (3, H, W): a frame full of objects, one with a few, one with none."""
     mask = torch.randint(0, NUM_CLASSES, (3, *size), dtype=torch.uint8)
+    mask[0, :, :4], mask[0, :, 4:] = 7, 8 * (mask[0, :, 4:] > 9)  # two objects, and holes
     mask[1, 5:] = 0
     mask[2] = 0
     return mask
