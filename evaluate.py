@@ -84,9 +84,7 @@ class Tally:
         ]
 
 
-def score(
-    pred: Path, data: Path, proposals: Path | None = None, every: int = 1
-) -> dict[str, Any]:
+def score(pred: Path, data: Path, proposals: Path | None = None, every: int = 1) -> dict[str, Any]:
     """Compare every labelled video below `data` with its prediction below `pred`.
 
     With `proposals` the true labels are those of CLEVRER's proposals in that folder; with `every` of

@@ -31,9 +31,10 @@ from checkpoints import SHIPPED, load_checkpoint
 from dataset import CLEVRDataset
 from devices import Processes, choose_device
 from files import digest
-from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
+from labelling import BATCH_SIZE, Labeller
 from model import UNet
 from outputs import Outputs, provenance
+from pipeline import choose_decoders, label_videos
 from scale import Scale, learned_size, scale_factor
 from utils import (
     Stopped,

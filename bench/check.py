@@ -34,10 +34,11 @@ import utils
 from augment import augment
 from batches import ShardedBatches, make_loaders
 from dataset import CLEVRDataset, split_videos
-from labelling import Labeller, label_videos
+from labelling import Labeller
 from model import UNet
 from optim import MuonAdamW
 from outputs import Outputs, provenance
+from pipeline import label_videos
 from runs import LAST, Run
 from train import MAX_NORM, RATES, train_epochs, validate
 from videos import find_videos, read_labels, read_video

@@ -29,10 +29,11 @@ from bench.peers import NETWORKS, Peer
 from classes import FRAME_SIZE
 from content import WHOLE
 from dataset import CLEVRDataset, split_videos
-from labelling import BATCH_SIZE, Labeller, choose_decoders, label_videos
+from labelling import BATCH_SIZE, Labeller
 from model import UNet
 from optim import MuonAdamW, update_ema
 from outputs import Outputs, provenance
+from pipeline import choose_decoders, label_videos
 from runs import Keeper, Run
 from scale import AS_THEY_ARE
 from videos import Video, read_video

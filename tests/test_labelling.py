@@ -12,8 +12,9 @@ import batches
 import labelling
 from dataset import CLEVRDataset
 from devices import Processes, mixed_precision
-from labelling import Labeller, choose_decoders, fill_batches
+from labelling import Labeller
 from model import UNet
+from pipeline import choose_decoders, fill_batches
 from render import render_video
 
 PRETEND = """

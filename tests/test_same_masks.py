@@ -22,9 +22,10 @@ from conftest import REAL, ROOT, needs_real, run, torchrun, write_video
 from checkpoints import SHIPPED, load_checkpoint
 from dataset import CLEVRDataset
 from devices import has_bfloat16
-from labelling import Labeller, label_videos
+from labelling import Labeller
 from model import UNet
 from outputs import Outputs, provenance
+from pipeline import label_videos
 from render import render_video
 from scale import Scale, learned_size
 from videos import find_videos
