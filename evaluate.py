@@ -87,8 +87,8 @@ class Tally:
 def score(pred: Path, data: Path, proposals: Path | None = None, every: int = 1) -> dict[str, Any]:
     """Compare every labelled video below `data` with its prediction below `pred`.
 
-    With `proposals` the true labels are those of CLEVRER's proposals in that folder; with `every` of
-    6 the predictions are of every sixth frame.
+    With `proposals` the true labels are those of CLEVRER's proposals in that folder. With `every`
+    of 6 the predictions are of every sixth frame.
 
     Videos with faulty labels are named on stderr and left out.
 

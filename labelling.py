@@ -1,12 +1,11 @@
-"""Whole videos in, objects out: the engine of infer.py, and of whoever labels from Python.
+"""Whole videos in, objects out: what pipeline.py gives its videos to, and who labels from Python.
 
     labeller = Labeller.load("weights/clevr_unet.pt")
     (objects,) = labeller.label([frames])  # uint8 (T, 3, H, W), all frames of a video
     objects.labels                         # uint8 (T, H, W), ids 0..48
 
 `Labeller.label` sees, follows and enlarges: the network looks at all frames, objects are followed
-through the video, and frames of another scale get masks in their own size. `label_videos` does
-that for thousands of videos, in worker threads, and writes what is found.
+through the video, and frames of another scale get masks in their own size.
 """
 
 import itertools
@@ -27,12 +26,7 @@ from checkpoints import load_checkpoint
 from classes import FRAME_SIZE
 from content import WHOLE, Bars, Box, is_flat, may_have_bars
 from details import Details, join, look_again, split
-from devices import (
-    compile_network,
-    mixed_precision,
-    shared_threads,
-    to_cpu,
-)
+from devices import compile_network, mixed_precision, shared_threads, to_cpu
 from model import Answer, UNet, for_labelling
 from objects import Objects, by_frame, follow, follow_none
 from scale import USUAL_SCALE, Scale, View, fill, learned_size, resize

@@ -7,8 +7,9 @@ label them in worker threads, and writes what is found.
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -83,34 +84,70 @@ def label_videos(
         What was done, as it is. A video that cannot be read is left out and named there. Until the
         generator is closed the process has fewer threads for each operation.
     """
+    # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
     device, videos = labeller.device, WholeVideos(dataset)
+    lengths = [len(video.names) for video in dataset.videos]
+    short = [v for v, length in enumerate(lengths) if 0 < length <= labeller.batch_size]
+    long = [dataset.videos[v] for v in sorted(set(range(len(lengths))) - set(short))]
+    groups = fill_batches([lengths[v] for v in short], labeller.batch_size)
+    batches = [[short[i] for i in group] for group in groups]
+    work = Work(labeller, outputs)
+    with shared_threads(device) as threads:
+        if workers or device.type != "cpu":
+            loader = DataLoader(
+                videos,
+                batch_sampler=batches,
+                num_workers=workers,
+                multiprocessing_context=worker_start(workers),
+                collate_fn=list,
+                pin_memory=device.type not in ("cpu", "mps"),
+            )
+            yield from in_threads(work.label_read, loader, threads)
+        else:
+            yield from in_threads(partial(work.read_and_label, videos), batches, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            stop = threading.Event()
+            label = partial(work.label_long, pool=pool, ahead=threads, stop=stop)
+            yield from in_threads(label, long, threads, stop)
 
-    def label(read: list[WholeVideo]) -> Done:
-        whole, messages, frames, count = [v for v in read if not v.fault], [], [], 0
+
+class Work(NamedTuple):
+    """What the worker threads do with videos: label those that have no mask yet, and save it."""
+
+    labeller: Labeller
+    outputs: Outputs
+
+    def read_and_label(self, videos: WholeVideos, numbers: Sequence[int]) -> Done:
+        """Label the short videos of these numbers."""
+        pending = [v for v in numbers if not self.outputs.is_done(videos.dataset.videos[v])]
+        return self.label([videos[v] for v in pending])
+
+    def label_read(self, read: Sequence[WholeVideo]) -> Done:
+        """Label short videos that other processes have read."""
+        return self.label([video for video in read if not self.outputs.is_done(video.video)])
+
+    def label(self, read: Sequence[WholeVideo]) -> Done:
+        """Label short videos, those of one frame size together."""
+        whole, messages, frames, count = [v for v in read if not v.fault], [], 0, 0
         faults = [video.fault for video in read if video.fault]
         for _, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
             numbers = [video.video.numbers for video in group]
             try:
-                found = labeller.label([video.frames for video in group], numbers)
+                found = self.labeller.label([video.frames for video in group], numbers)
             except UserError as error:
                 faults += [f"{video.video}: {error}" for video in group]
                 continue
             for video, objects in zip(group, found, strict=True):
-                outputs.save(video.video, objects, video.state)
+                self.outputs.save(video.video, objects, video.state)
                 messages += remarks(video.video, objects)
-            frames.append(sum(len(video.frames) for video in group))
+            frames += sum(len(video.frames) for video in group)
             count += len(group)
-        return Done(count, sum(frames), faults, messages)
+        return Done(count, frames, faults, messages)
 
-    def read_and_label(numbers: list[int]) -> Done:
-        return label([videos[v] for v in numbers if not outputs.is_done(dataset.videos[v])])
-
-    def label_read(read: list[WholeVideo]) -> Done:
-        return label([video for video in read if not outputs.is_done(video.video)])
-
-    def label_long(video: Video) -> Done:
-        if outputs.is_done(video):
+    def label_long(self, video: Video, pool: Executor, ahead: int, stop: threading.Event) -> Done:
+        """Label a long video or a clip as it is read, `ahead` batches at a time, until `stop`."""
+        if self.outputs.is_done(video):
             return Done(0, 0, [], [])
         state = video.state()
 
@@ -121,33 +158,12 @@ def label_videos(
                 yield frame
 
         try:
-            objects = labeller.label_ahead(frames, pool, threads)
+            objects = self.labeller.label_ahead(frames, pool, ahead)
         except UserError as error:
             named = str(error).startswith(str(video))
             return Done(0, 0, [str(error) if named else f"{video}: {error}"], [])
-        outputs.save(video, objects, state)
+        self.outputs.save(video, objects, state)
         return Done(1, len(objects.labels), [], remarks(video, objects))
-
-    # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
-    lengths, stop = [len(video.names) for video in dataset.videos], threading.Event()
-    short = [v for v, length in enumerate(lengths) if 0 < length <= labeller.batch_size]
-    long = [dataset.videos[v] for v in sorted(set(range(len(lengths))) - set(short))]
-    groups = fill_batches([lengths[v] for v in short], labeller.batch_size)
-    batches = [[short[i] for i in group] for group in groups]
-    with shared_threads(device) as threads, ThreadPoolExecutor(threads) as pool:
-        if workers or device.type != "cpu":
-            loader = DataLoader(
-                videos,
-                batch_sampler=batches,
-                num_workers=workers,
-                multiprocessing_context=worker_start(workers),
-                collate_fn=list,
-                pin_memory=device.type not in ("cpu", "mps"),
-            )
-            yield from in_threads(label_read, loader, threads)
-        else:
-            yield from in_threads(read_and_label, batches, threads)
-        yield from in_threads(label_long, long, threads, stop)
 
 
 def remarks(video: Video, objects: Objects) -> list[str]:
