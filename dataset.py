@@ -3,7 +3,7 @@
     python dataset.py data/demo              # what is in this folder, and what is wrong with it
 
 Prints videos, frames, sizes and the classes present, and names each video that has a fault: the
-exit status is 1 then.
+exit status is 1 then. That report, and the checks of a transform, make the file long.
 """
 
 import logging

@@ -53,8 +53,7 @@ def main() -> int:
     """Label every video; return 1 if some had a fault, else 0."""
     args = parse_args()
     processes = Processes(choose_device(args.device))
-    if processes.first:
-        print(log_header(processes.device), flush=True)
+    processes.say(log_header(processes.device))
     checkpoint = load_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(checkpoint, args.ckpt)
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)

@@ -1,4 +1,4 @@
-"""A run of training: how it begins or goes on, what of it is saved, and how a signal stops it."""
+"""A run of training: how it begins or goes on, what is saved and said, how a signal stops it."""
 
 import copy
 import re
@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from checkpoints import is_finite, load_checkpoint, save_checkpoint
 from devices import Processes
-from log import BOARD, LOG, MeanLoss
+from log import BOARD, LOG, MeanLoss, lines
 from model import UNet
-from optim import MuonAdamW, learning_rate_at
+from optim import USUAL_BATCH, MuonAdamW, learning_rate_at
 from utils import Stopped, UserError, no_memory, resuming
 
 CHECKPOINT_EVERY = 5  # epochs
@@ -59,7 +59,7 @@ class Run:
         cls,
         model: UNet,
         processes: Processes,
-        batch_size: int = 16,
+        batch_size: int = USUAL_BATCH,
         epoch_steps: int = 1,
         num_epochs: int = 1,
         learning_rate: float = 1e-3,
@@ -338,3 +338,49 @@ class Keeper:
         where = within if self.run.done else f"epoch {self.run.epoch}"
         command = f"{launcher} {resuming()}"
         return Stopped(f"\nstopped after {where}, all is saved; go on with: {command}", number)
+
+
+def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
+    """Say what a run begins or goes on with."""
+    words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
+    if run.step:
+        within = f" and step {run.done}" if run.done else ""
+        words.append(f"going on after epoch {run.epoch}{within}")
+    else:
+        words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
+    words.append(
+        "validation reads each frame alone; infer.py also follows objects and scores higher"
+    )
+    words.append(f"learning rate up to {run.highest_rate:g}")
+    if run.epoch >= num_epochs:
+        words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
+    return "\n".join(words)
+
+
+def began_at(out: Path) -> str:
+    """Return words for the weighted IoU of what a run began with; "" where that was nothing."""
+    try:
+        return f" (began at {float(lines(out / LOG, 0)[0]['weighted_iou']):.3f})"
+    except (UserError, IndexError, ValueError):  # no such line, or no object to be found in it
+        return ""
+
+
+def last_words(out: Path, data: Path) -> str:
+    """Say what a finished run came to, where its files are, and what to type next."""
+    file = out / BEST
+    try:
+        best = load_checkpoint(file)
+        iou, epoch = f"{best['weighted_iou']:.3f}", best["epoch"]
+        came_to = f"best weighted IoU: {iou}, after epoch {epoch}{began_at(out)}"
+        if not epoch:
+            came_to = f"nothing was better than what it began with, weighted IoU {iou}"
+    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
+        file, came_to = out / LAST, "weights of the last epoch"
+    script = str(Path(sys.argv[0]).with_name("infer.py"))
+    command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
+    return (
+        f"{came_to}, in {file}\n"
+        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
+        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
+        f"label these or other videos with: {shlex.join(command)}"
+    )

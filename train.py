@@ -19,7 +19,6 @@ all of its state saved.
 import argparse
 import copy
 import math
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -37,19 +36,19 @@ from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes, choose_device, compile_network, mixed_precision
-from log import LOG, Log, Progress, epoch_line, lines
+from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
 from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
-from runs import BEST, LAST, LOOK_EVERY, Keeper, Run, check_free
+from runs import LAST, LOOK_EVERY, Keeper, Run, check_free, first_words, last_words
 from scale import learned_size
 from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
-L2_SP = 1300  # strength of MuonAdamW's pull to the initial weights, times the training frames
+L2_SP = 1300  # strength of MuonAdamW's L2-SP, times the training frames
 BN_STEPS = 10  # batches that gather the batch statistics of the average, or a tenth of the epoch
 FROM_NOTHING = Path("none")  # of --init
 NOTHING_TRAINED = dict.fromkeys(("train_loss", "lr", "frames_per_s"))  # of epoch 0
@@ -127,10 +126,9 @@ def main() -> None:
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
     replaces = [] if args.resume else check_free(args.out, args.overwrite, processes)
-    if processes.first:
-        print(log_header(device), flush=True)
-        if args.data == DEMO_DATA:
-            render_demo()
+    processes.say(log_header(device))
+    if processes.first and args.data == DEMO_DATA:
+        render_demo()
     processes.wait()
 
     model, init = build_model(args.init, args.data, args.widths, processes)
@@ -388,52 +386,6 @@ def draw_examples(log: Log, run: Run, data: CLEVRDataset) -> None:
     with mixed_precision(device):
         labels = model.predict(frames.to(device))
     log.draw(run.epoch, draw_columns(frames, truth, labels.cpu()))
-
-
-def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
-    """Say what a run begins or goes on with."""
-    words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
-    if run.step:
-        within = f" and step {run.done}" if run.done else ""
-        words.append(f"going on after epoch {run.epoch}{within}")
-    else:
-        words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
-    words.append(
-        "validation reads each frame alone; infer.py also follows objects and scores higher"
-    )
-    words.append(f"learning rate up to {run.highest_rate:g}")
-    if run.epoch >= num_epochs:
-        words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
-    return "\n".join(words)
-
-
-def began_at(out: Path) -> str:
-    """Return words for the weighted IoU of what a run began with; "" where that was nothing."""
-    try:
-        return f" (began at {float(lines(out / LOG, 0)[0]['weighted_iou']):.3f})"
-    except (UserError, IndexError, ValueError):  # no such line, or no object to be found in it
-        return ""
-
-
-def last_words(out: Path, data: Path) -> str:
-    """Say what a finished run came to, where its files are, and what to type next."""
-    file = out / BEST
-    try:
-        best = load_checkpoint(file)
-        iou, epoch = f"{best['weighted_iou']:.3f}", best["epoch"]
-        came_to = f"best weighted IoU: {iou}, after epoch {epoch}{began_at(out)}"
-        if not epoch:
-            came_to = f"nothing was better than what it began with, weighted IoU {iou}"
-    except (UserError, KeyError):  # deleted or damaged since, or of an earlier version
-        file, came_to = out / LAST, "weights of the last epoch"
-    script = str(Path(sys.argv[0]).with_name("infer.py"))
-    command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
-    return (
-        f"{came_to}, in {file}\n"
-        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
-        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
-        f"label these or other videos with: {shlex.join(command)}"
-    )
 
 
 if __name__ == "__main__":

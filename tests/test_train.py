@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 import evaluate
 import infer
 import log
+import runs
 import train
 from augment import augment
 from batches import ShardedBatches
@@ -537,14 +538,14 @@ def test_the_last_words_name_the_best_epoch_and_a_command_to_type(tmp_path, monk
     out, data = tmp_path / "my runs", Path("my videos")
     network = {"model": {"w": torch.ones(1)}, "model_config": {}}
     save_checkpoint(out / BEST, network | {"epoch": 3, "weighted_iou": 0.8125})
-    said = train.last_words(out, data).splitlines()
+    said = runs.last_words(out, data).splitlines()
     assert said[0] == f"best weighted IoU: 0.812, after epoch 3, in {out / BEST}"
     assert shlex.split(said[1])[-3:] == ["tensorboard", "--logdir", str(out / "tensorboard")]
     typed = shlex.split(said[-1].partition(": ")[2])
     assert typed[:2] == ["python", "somewhere/infer.py"]
     assert typed[2:] == ["--ckpt", str(out / BEST), "--out", "masks", "--data", "my videos"]
     (out / BEST).unlink()
-    assert train.last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
+    assert runs.last_words(out, data).startswith(f"weights of the last epoch, in {out / LAST}\n")
 
 
 @pytest.fixture(scope="module")
@@ -612,7 +613,7 @@ def test_the_last_words_say_where_a_run_began(tmp_path, monkeypatch):
     rows = log.Log(tmp_path, completed=-1)
     for epoch, iou in ((0, 0.9612), (1, 0.9617), (2, 0.9641)):
         rows.add(dict.fromkeys(log.FIELDS, iou) | {"per_class": {}, "epoch": epoch})
-    said = train.last_words(tmp_path, Path("path"))
+    said = runs.last_words(tmp_path, Path("path"))
     assert said.startswith("best weighted IoU: 0.964, after epoch 2 (began at 0.961), in ")
     log.Log(tmp_path, completed=0)  # stopped within its first epoch and resumed
     assert [row["epoch"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["0"]
