@@ -13,11 +13,13 @@ from torch import Tensor
 
 from classes import NUM_CLASSES
 from details import Details
-from tracks import log_probabilities, occupied, sums
+from tracks import MEMBERS, log_probabilities, occupied, sums
 
 REACH = 2  # pixels of the first look that a border moves, at most
 COARSE = 0.5  # weight of the first look, where the second was finer
-PASSES = 3  # of moving: each knows better what the objects look like
+PASSES = 2  # of moving: each knows better what the objects look like
+COLOUR = 0.1  # of an 8-bit step of red, green or blue, beside a nat of evidence
+ALIKE = 0.2  # weight of likeness, squared, beside how much likelier one class is than the other
 
 
 def sharpen(
@@ -25,7 +27,8 @@ def sharpen(
 ) -> Tensor:
     """Draw the borders between objects in labels of one video by the pixel; return these labels.
 
-    Classes are not asked: an object that is misread has the same border.
+    A pixel is of the object whose class both looks say it is, rather than of the other one, and
+    whose mean in that frame it is like, in what they say and in its colour.
 
     Args:
         labels: (T, H, W) uint8 ids, in the picture's own size, changed in place.
@@ -51,11 +54,16 @@ def sharpen(
     v, u = ((z + 0.5) * n / m for z, n, m in zip((y, x), shape[1:], labels.shape[1:], strict=True))
     known = np.zeros(shape, bool)
     known.reshape(-1)[where] = True
-    first = _interpolate(evidence, occupied(objects).numpy(), t, v / 2, u / 2)
+    cells = occupied(objects).numpy()
+    first = _interpolate(log_probabilities(evidence), cells, t, v / 2, u / 2)
     first *= 1 if labels.shape == coarse.shape else COARSE
-    told = np.concatenate([first, _interpolate(details.evidence, known, t, v, u)], axis=1)
+    second = _interpolate(log_probabilities(details.evidence), known, t, v, u)
+    colours = _interpolate(COLOUR * details.colours.float().numpy(), known, t, v, u)
+    looks = np.concatenate([first, second, colours], axis=1)
+    likelier = (first + second)[near] * (MEMBERS[pair[0, near] - 1] - MEMBERS[pair[1, near] - 1])
     for _ in range(PASSES):
-        flat[at[near]] = more_alike(told, t, flat[at], near, pair[:, near])
+        found = flat[at]
+        flat[at[near]] = choose(likelier.sum(axis=1), looks, t, found, near, pair[:, near])
     return labels
 
 
@@ -110,29 +118,36 @@ def around(labels: np.ndarray, where: np.ndarray) -> np.ndarray:
     return np.stack([least, near.max(axis=0)]).astype(np.int64)
 
 
-def more_alike(
-    told: np.ndarray, t: np.ndarray, labels: np.ndarray, near: np.ndarray, pair: np.ndarray
+def choose(
+    likelier: np.ndarray,
+    looks: np.ndarray,
+    t: np.ndarray,
+    labels: np.ndarray,
+    near: np.ndarray,
+    pair: np.ndarray,
 ) -> np.ndarray:
-    """Return for pixels near two objects the label of the one that they are more alike.
+    """Return for pixels near two objects the label of the one that they are of, (q,).
 
-    That is the one from whose mean, in that frame, they have the smaller squared distance. A pixel
-    of a third object keeps its label, as one does near an object of which nothing is known.
+    Likeness is the squared distance from the mean of an object in that frame. A pixel of a third
+    object keeps its label, as one does near an object of which nothing is known.
 
     Args:
-        told: (p, C) what is known of each pixel.
+        likelier: (q,) nats by which the class of the first of the two is likelier.
+        looks: (p, C) what is known of each pixel.
         t: (p,) their frames.
         labels: (p,) of them.
         near: (p,) bool, which are near two objects, q in number.
         pair: (2, q) the labels of the two.
     """
     keys, of = np.unique(t * NUM_CLASSES + labels, return_inverse=True)
-    mean = sums(of, len(keys), told) / np.bincount(of)[:, None]
+    mean = sums(of, len(keys), looks) / np.bincount(of)[:, None]
     wanted = t[near] * NUM_CLASSES + pair
     rows = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    distance = ((told[near] - mean[rows]) ** 2).sum(axis=2)
+    distance = ((looks[near] - mean[rows]) ** 2).sum(axis=2)
     own = labels[near]
     stays = (keys[rows] != wanted).any(axis=0) | (own != pair).all(axis=0)
-    return np.where(stays, own, np.where(distance[0] <= distance[1], *pair))
+    first = likelier + ALIKE * (distance[1] - distance[0]) >= 0
+    return np.where(stays, own, np.where(first, *pair))
 
 
 def fill_holes(labels: Tensor) -> Tensor:
@@ -219,24 +234,24 @@ class _Gaps(NamedTuple):
 
 
 def _interpolate(
-    evidence: Tensor, cells: np.ndarray, t: np.ndarray, v: np.ndarray, u: np.ndarray
+    values: np.ndarray, cells: np.ndarray, t: np.ndarray, v: np.ndarray, u: np.ndarray
 ) -> np.ndarray:
-    """Interpolate log-probabilities bilinearly between cells that have evidence; (p, 13).
+    """Interpolate what cells say bilinearly between those that say something; (p, C).
 
     Args:
-        evidence: (n, 13) logits of the cells, in order.
+        values: (n, C) float32 of the cells, in order.
         cells: (T, rows, columns) bool, which have some.
         t: (p,) frames.
         v: (p,) rows, in cells; 0 is the upper end of the first.
         u: (p,) columns.
     """
     number = np.full((len(cells), *(side + 2 for side in cells.shape[1:])), -1, np.int32)
-    number[:, 1:-1, 1:-1][cells] = np.arange(len(evidence))
+    number[:, 1:-1, 1:-1][cells] = np.arange(len(values))
     columns, v, u = number.shape[2], v - 0.5, u - 0.5
     top, left = np.floor(v).astype(int), np.floor(u).astype(int)
     down, along = (v - top).astype(np.float32), (u - left).astype(np.float32)
     corner = (t * number.shape[1] + top + 1) * columns + left + 1
-    values, number = log_probabilities(evidence), number.reshape(-1)
+    number = number.reshape(-1)
     total, weights = np.zeros((len(t), values.shape[1]), np.float32), np.float32(1e-6)
     for step, share in (
         (0, (1 - down) * (1 - along)),

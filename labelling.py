@@ -282,8 +282,8 @@ class Labeller:
         """Let the network look at frames (N, 3, H, W), uint8, on the CPU, as far as `box` goes."""
         frames = box.cut(frames)
         flat = is_flat(frames)
-        frames = frames.to(self.device, non_blocking=True)  # bytes
-        picture = resize(frames, view.size)
+        own = frames.to(self.device, non_blocking=True)  # bytes
+        picture = resize(own, view.size)
         answer = self.look(picture)
         found = [answer.objectness[:, 0] > 0, answer.attributes, thumbnails(picture)]
         if view.size != view.own:
@@ -293,8 +293,10 @@ class Labeller:
         evidence = gather(objects, attributes)
         evidence = evidence.half() if self.tracking else evidence
         edges = objectness[0] if objectness else None
-        shown = frames if view.finer else picture
-        details = look_again(self.look, shown, objects, evidence, edges, view, self.tracking)
+        shown = own if view.finer else picture
+        details = look_again(
+            self.look, shown, frames, objects, evidence, edges, view, self.tracking
+        )
         return Seen(objects, evidence, ground, details)
 
 
