@@ -182,7 +182,7 @@ class Labeller:
 
     def at_once(self, view: View) -> int:
         """Return how many frames the network looks at together."""
-        pixels = max(math.prod(view.size), math.prod(view.own) // 4)  # the latter as bytes
+        pixels = max(math.prod(view.size), math.prod(view.own) // 4)  # as bytes: a quarter
         most = MAX_ON_CPU if self.device.type == "cpu" else MAX_AT_ONCE
         return min(self.batch_size, max(1, most // pixels))
 

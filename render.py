@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from classes import FRAME_SIZE, NUM_CLASSES
+from classes import FRAME_SIZE, NUM_KINDS
 from devices import choose_device, usable_cpus, why_alone
 from files import atomic_write, write_json
 from synthetic.raytrace import CELL, develop, lamp_points, render_frames
@@ -342,16 +342,15 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(2, 8),
         metavar=("MIN", "MAX"),
-        help="in each scene, of which some may stay out of view or hidden (default: 2 8)",
+        help="in each scene, of which some may stay out of view, hidden or too small (default: 2 8)",
     )
     add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--workers", type=at_least(1), help="processes (default: one per usable core, to 32)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
-    kinds = NUM_CLASSES - 1
-    if not 1 <= args.objects[0] <= args.objects[1] <= kinds:
-        parser.error(f"--objects needs 1 <= MIN <= MAX <= {kinds}, the number of kinds of objects")
+    if not 1 <= args.objects[0] <= args.objects[1] <= NUM_KINDS:
+        parser.error(f"--objects needs 1 <= MIN <= MAX <= {NUM_KINDS}, the number of their kinds")
     return args
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from classes import BACKGROUND_PAINT, CLASS_NAMES, NUM_KINDS, PAINT, palette
+from classes import BACKGROUND_PAINT, CLASS_NAMES, NUM_CLASSES, NUM_KINDS, PAINT, palette
 from utils import UserError
 from videos import find_in_all, has_mask, read_labels, read_truth, read_video
 
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
-GUTTER = 4  # white pixels between the videos of a strip
+STRIP, GUTTER = 4, 4  # videos of a strip at most, and white pixels between them
 NAMED, LETTERS, SEEN = 2, 10, 120  # objects of a video, height and fewest pixels of one, in a strip
 TINT = 0.3  # opacity of a mask over its frame; its outline is opaque
 FAULTS = {  # how a mask can differ from the truth, and how that is painted
@@ -129,7 +129,7 @@ def reduced(frames: np.ndarray, labels: list[np.ndarray], width: int) -> list[np
 
 
 def draw_strip(
-    masks: Path, data: Sequence[Path], moving: bool = False, every: int = 1, most: int = 4
+    masks: Path, data: Sequence[Path], moving: bool = False, every: int = 1
 ) -> np.ndarray:
     """Draw videos that lie evenly apart in the list side by side, each above its masks.
 
@@ -139,7 +139,6 @@ def draw_strip(
         moving: Whether to draw all frames, each above itself with the objects tinted and outlined;
             else the middle one, above the true masks where `data` has any and the predicted.
         every: As of `find_videos`.
-        most: Videos.
 
     Returns:
         uint8 (T, rows * H, videos * W, 3) and GUTTER white columns between two videos, T the
@@ -155,7 +154,8 @@ def draw_strip(
     videos = [video for video in videos if has_mask(masks / video.target)]
     if not videos:
         raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
-    shown = [videos[i * len(videos) // most] for i in range(most)] if len(videos) > most else videos
+    number = min(STRIP, len(videos))
+    shown = [videos[i * len(videos) // number] for i in range(number)]
     strip = []
     for video in shown:
         frames = read_video(video).permute(0, 2, 3, 1).numpy()
@@ -190,7 +190,7 @@ def write_names(frames: np.ndarray, labels: np.ndarray) -> np.ndarray:
         frames: uint8 (T, H, W, 3).
         labels: uint8 (T, H, W), ids.
     """
-    counts = np.bincount(labels.ravel(), minlength=NUM_KINDS + 1)[1:]
+    counts = np.bincount(labels.ravel(), minlength=NUM_CLASSES)[1:]
     ids = [i + 1 for i in np.argsort(-counts, kind="stable")[:NAMED] if counts[i]]
     font, named = ImageFont.load_default(LETTERS), []
     for frame, mask in zip(frames, labels, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classes import COLOURS, MATERIALS, NUM_CLASSES, SHAPES, factors
+from classes import COLOURS, MATERIALS, NUM_KINDS, SHAPES, factors
 
 CAMERA_HEIGHT = 5.34
 CAMERA_PITCH = 0.4716  # radians below the horizon
@@ -192,7 +192,7 @@ def make_scene(
     def tensor(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
 
-    ids = 1 + rng.permutation(NUM_CLASSES - 1)  # so that no two objects are of one kind
+    ids = 1 + rng.permutation(NUM_KINDS)  # so that no two objects are of one kind
     _, material, colour = factors(ids)
     gray_metal = (material == MATERIALS.index("metal")) & (colour == COLOURS.index("gray"))
     first = gray_metal & (rng.random(len(ids)) < GRAY_METAL)
