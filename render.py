@@ -342,7 +342,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(2, 8),
         metavar=("MIN", "MAX"),
-        help="in each scene, of which some may stay out of view, hidden or too small (default: 2 8)",
+        help="in each scene; some may be out of view, hidden or too small (default: 2 8)",
     )
     add("--seed", type=at_least(0), default=0, help="same seed, same bytes (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
