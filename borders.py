@@ -57,13 +57,14 @@ def sharpen(
     cells = occupied(objects).numpy()
     first = _interpolate(log_probabilities(evidence), cells, t, v / 2, u / 2)
     first *= 1 if labels.shape == coarse.shape else COARSE
-    second = _interpolate(log_probabilities(details.evidence), known, t, v, u)
-    colours = _interpolate(COLOUR * details.colours.float().numpy(), known, t, v, u)
-    looks = np.concatenate([first, second, colours], axis=1)
-    likelier = (first + second)[near] * (MEMBERS[pair[0, near] - 1] - MEMBERS[pair[1, near] - 1])
+    colours = COLOUR * details.colours.float().numpy()
+    second = np.concatenate([log_probabilities(details.evidence), colours], axis=1)
+    second = _interpolate(second, known, t, v, u)
+    looks, pair = np.concatenate([first, second], axis=1), pair[:, near]
+    classes = MEMBERS[pair[0] - 1] - MEMBERS[pair[1] - 1]
+    likelier = ((first + second[:, : first.shape[1]])[near] * classes).sum(axis=1)
     for _ in range(PASSES):
-        found = flat[at]
-        flat[at[near]] = choose(likelier.sum(axis=1), looks, t, found, near, pair[:, near])
+        flat[at[near]] = choose(likelier, looks, t, flat[at], near, pair)
     return labels
 
 

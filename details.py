@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from classes import NUM_CLASSES
 from devices import to_cpu
+from metrics import dilated
 from model import NUM_ATTRIBUTES, Answer
 from scale import View, pack, resize
 from tracks import likeliest, occupied
@@ -214,16 +215,6 @@ def border_cells(objects: Tensor, evidence: Tensor) -> np.ndarray:
 def object_cells(objects: Tensor) -> np.ndarray:
     """Return the cells that hold an object, and those around them; as `border_cells`."""
     return np.stack(np.nonzero(dilated(occupied(objects)).numpy()))
-
-
-def dilated(mask: Tensor) -> Tensor:
-    """Return where a mask (N, h, w), bool, or one of its eight neighbours is true."""
-    for axis in (1, 2):
-        padded = F.pad(mask, (1, 1) if axis == 2 else (0, 0, 1, 1))
-        length = mask.shape[axis]
-        before, here, after = (padded.narrow(axis, start, length) for start in range(3))
-        mask = before | here | after
-    return mask
 
 
 def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
-from metrics import borders
+from metrics import borders, dilated
 
 BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
 COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
@@ -109,10 +109,7 @@ def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
 
 def _border_weight(mask: Tensor) -> Tensor:
     """Return BORDER_WEIGHT near where objects meet, background too, else 1; (B, H, W)."""
-    near = F.pad(borders(mask), (1, 1, 1, 1))
-    near = near[:, :-2] | near[:, 1:-1] | near[:, 2:]
-    near = near[..., :-2] | near[..., 1:-1] | near[..., 2:]
-    return 1 + (BORDER_WEIGHT - 1) * near
+    return 1 + (BORDER_WEIGHT - 1) * dilated(borders(mask))
 
 
 def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:

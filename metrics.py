@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from classes import CLASS_NAMES, COLOURS, FACTOR_SIZES, MATERIALS, NUM_CLASSES, SHAPES
 
@@ -168,6 +169,13 @@ def borders(labels: Tensor) -> Tensor:
         for start in (0, 1):
             found.narrow(axis, start, length).logical_or_(meet)
     return found
+
+
+def dilated(mask: Tensor) -> Tensor:
+    """Return where a mask (T, H, W), bool, or one of its eight neighbours is true."""
+    mask = F.pad(mask, (1, 1, 1, 1))
+    mask = mask[:, :-2] | mask[:, 1:-1] | mask[:, 2:]
+    return mask[..., :-2] | mask[..., 1:-1] | mask[..., 2:]
 
 
 def ghosts(confusions: Tensor) -> list[str]:
