@@ -85,9 +85,9 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
         UserError: it was killed. RuntimeError: it failed, with its traceback.
     """
     with without_ctrl_c():  # this process ends it
-        process, heard = start(_tell, job, args, daemon=False)  # it may start readers
+        process, receiver = start(_send, job, args, daemon=False)  # it may start readers
     try:
-        result, fault = heard.recv()
+        result, fault = receiver.recv()
     except EOFError:
         raise utils.UserError(
             f"the process that measures ({job.__name__}) was killed, perhaps for lack of memory: "
@@ -100,13 +100,13 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
     return result
 
 
-def _tell(job: Callable[..., int | None], args: tuple, told: Connection) -> None:
+def _send(job: Callable[..., int | None], args: tuple, sender: Connection) -> None:
     """Send what job(*args) returns, or the traceback of its failure."""
     follow_parent()
     try:
-        told.send((job(*args), ""))
+        sender.send((job(*args), ""))
     except BaseException:
-        told.send((None, traceback.format_exc()))
+        sender.send((None, traceback.format_exc()))
 
 
 def peak_memory(device: torch.device) -> int | None:

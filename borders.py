@@ -15,9 +15,9 @@ from classes import NUM_CLASSES
 from details import Details
 from tracks import MEMBERS, log_probabilities, occupied, sums
 
-REACH = 2  # pixels of the first look that a border moves, at most
+BORDER_REACH = 2  # pixels of the first look that a border moves, at most
 COARSE = 0.5  # weight of the first look, where the second was finer
-PASSES = 2  # of moving: each knows better what the objects look like
+ROUNDS = 2  # of moving borders: each knows better what the objects look like
 COLOUR = 0.1  # of an 8-bit step of red, green or blue, beside a nat of evidence
 ALIKE = 0.2  # weight of likeness, squared, beside how much likelier one class is than the other
 
@@ -63,7 +63,7 @@ def sharpen(
     looks, pair = np.concatenate([first, second], axis=1), pair[:, near]
     classes = MEMBERS[pair[0] - 1] - MEMBERS[pair[1] - 1]
     likelier = ((first + second[:, : first.shape[1]])[near] * classes).sum(axis=1)
-    for _ in range(PASSES):
+    for _ in range(ROUNDS):
         flat[at[near]] = choose(likelier, looks, t, flat[at], near, pair)
     return labels
 
@@ -103,18 +103,18 @@ def in_own_size(
 
 
 def around(labels: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Return the least and the greatest label within REACH of pixels, background apart, (2, m).
+    """Return the least and the greatest label, (2, m), within BORDER_REACH; background apart.
 
     Args:
         labels: (T, h, w) uint8.
         where: (m,) flat positions; near each of them is a label.
     """
-    padded = np.pad(labels, ((0, 0), (REACH, REACH), (REACH, REACH)))
+    padded = np.pad(labels, ((0, 0), (BORDER_REACH, BORDER_REACH), (BORDER_REACH, BORDER_REACH)))
     t, y, x = np.unravel_index(where, labels.shape)
     corner = (t * padded.shape[1] + y) * padded.shape[2] + x
-    steps = np.arange(2 * REACH + 1)
+    steps = np.arange(2 * BORDER_REACH + 1)
     steps = (steps[:, None] * padded.shape[2] + steps).reshape(-1, 1)
-    near = padded.reshape(-1)[corner + steps]  # ((2 REACH + 1)^2, m)
+    near = padded.reshape(-1)[corner + steps]  # ((2 BORDER_REACH + 1)^2, m)
     least = (near - 1).min(axis=0) + 1  # background, which wraps to 255, is never it
     return np.stack([least, near.max(axis=0)]).astype(np.int64)
 

@@ -122,10 +122,12 @@ def look_again(
         else:
             outlines = F.interpolate(objectness.float(), view.own, mode="bilinear")[:, 0] > 0
         outlines = pack(outlines)
-    told = [part.attributes for part in answers]
+    attributes = [part.attributes for part in answers]
     if scale == 1:  # cells are as wide as those of the first look
-        told = [F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in told]
-    where, logits = evidence_at(cells, groups, told, tuple(objects.shape))
+        attributes = [
+            F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in attributes
+        ]
+    where, logits = evidence_at(cells, groups, attributes, tuple(objects.shape))
     return Details(outlines, where, logits, colours_at(frames, where, tuple(objects.shape)))
 
 
@@ -254,15 +256,15 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
         np.concatenate(frames)[order],
         np.concatenate(spans, 1)[:, order],
     )
-    kind = np.searchsorted(limits, np.maximum(bottom - top, right - left))
+    wanted = np.searchsorted(limits, np.maximum(bottom - top, right - left))
     groups = []
-    for k in np.unique(kind).tolist():
-        corner, sides = [], []
+    for k in np.unique(wanted).tolist():
+        chosen, corner, sides = wanted == k, [], []
         for low, high, whole in ((top, bottom, picture[0]), (left, right, picture[1])):
-            begin = ((low + high)[kind == k] * cell - SIDES[scale][k]) // 2 // 2 * 2 + aside
+            begin = ((low + high)[chosen] * cell - SIDES[scale][k]) // 2 // 2 * 2 + aside
             sides.append(min(SIDES[scale][k], whole))
             corner.append(np.clip(begin, 0, whole - sides[-1]))
-        groups.append(Windows(frame[kind == k], *corner, scale, picture, tuple(sides)))
+        groups.append(Windows(frame[chosen], *corner, scale, picture, tuple(sides)))
     return groups
 
 
@@ -333,7 +335,7 @@ def evidence_at(
     number.reshape(-1)[where] = np.arange(count)
 
     # What each window tells of those in its inner part.
-    result, told = np.zeros((count, NUM_ATTRIBUTES), np.float16), np.zeros(count, bool)
+    result, known = np.zeros((count, NUM_ATTRIBUTES), np.float16), np.zeros(count, bool)
     place = np.full(shape[0], -1)
     place[chosen] = np.arange(len(chosen))
     for windows, logits in zip(groups, attributes, strict=True):
@@ -349,9 +351,9 @@ def evidence_at(
             there = block >= 0
             which = block[there]
             result[which] = values[n, rows, columns][there]
-            told[which] = True
+            known[which] = True
     where += (chosen - np.arange(len(chosen)))[where // (height * width)] * (height * width)
-    return torch.from_numpy(where[told]), torch.from_numpy(result[told])
+    return torch.from_numpy(where[known]), torch.from_numpy(result[known])
 
 
 def colours_at(frames: Tensor, where: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -38,7 +38,7 @@ from videos import Frame, size_text
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
-SAMPLE = 16  # frames of a video by which it is told what its squares were made of
+SURVEYED = 16  # frames of a video by which it is told what its squares were made of
 DRAWN_AT_ONCE = 2**23  # pixels of labels that are drawn together
 
 
@@ -158,7 +158,7 @@ class Labeller:
     def survey(self, frames: Iterable[Frame]) -> tuple[Box, View]:
         """Return where the picture is in the frames of a video, and how it is best looked at.
 
-        Of several views that is the one in which the network is surest, by up to SAMPLE frames
+        Of several views that is the one in which the network is surest, by up to SURVEYED frames
         that show something, spread over the video.
         """
         bars, chosen, step, count = Bars(), [], 1, 0
@@ -168,7 +168,7 @@ class Labeller:
                 continue
             if count % step == 0:
                 chosen.append(frame.pixels)
-            if len(chosen) > SAMPLE:
+            if len(chosen) > SURVEYED:
                 chosen, step = chosen[::2], 2 * step
             count += 1
         size = bars.box.cut(frame.pixels).shape[1:]

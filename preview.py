@@ -44,9 +44,10 @@ from page.pictures import (
     reduced,
     sheet,
     tile_size,
+    with_masks,
 )
 from utils import UserError, at_least, counted, make_parser, run_script
-from videos import MASKS, Video, find_in_all, has_mask, read_labels, read_truth, read_video
+from videos import MASKS, Video, find_in_all, read_labels, read_truth, read_video
 
 PAGE = Path(__file__).parent / "page"  # the files that a browser opens
 FORMAT = 1  # of the files for a video: those of another are made again
@@ -191,11 +192,8 @@ def write_preview(
     Returns:
         How many videos it shows, and what is wrong with them or others.
     """
-    videos = {video: masks / video.target for video in find_in_all(data, every)}
-    chosen = [video for video, folder in videos.items() if has_mask(folder)]
-    if not chosen:
-        where = ", ".join(map(str, data))
-        raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
+    videos = find_in_all(data, every)
+    chosen = with_masks(videos, masks, data)
     if len(chosen) < len(videos):
         print(f"{len(videos) - len(chosen)} of {len(videos)} videos have no masks: left out")
     for name in ("index.html", "preview.js", "draw.js"):
@@ -205,7 +203,7 @@ def write_preview(
     def job(video: Video) -> tuple[dict[str, Any], list[str]]:
         name = video.target.as_posix()
         try:
-            description = preview_video(name, video, videos[video], out / name, width)
+            description = preview_video(name, video, masks / name, out / name, width)
         except UserError as error:
             return {"name": name, "fault": str(error)}, [str(error)]
         return summary(name, description), description["faults"]

@@ -116,7 +116,7 @@ def sweep(out: Path, video: str = "*") -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def render_share(jobs: list[tuple], told: Connection) -> None:
+def render_share(jobs: list[tuple], sender: Connection) -> None:
     """Render videos, each by the arguments of `write_video`, in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
@@ -124,7 +124,7 @@ def render_share(jobs: list[tuple], told: Connection) -> None:
         for job in jobs:
             write_video(*job)
     except Exception as error:
-        told.send(error)
+        sender.send(error)
         sys.exit(1)
 
 
@@ -147,8 +147,8 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
     try:
         with without_ctrl_c():  # which they never get: this process ends them
             for share in shares:
-                process, heard = start(render_share, share, daemon=True)
-                running[process] = heard
+                process, receiver = start(render_share, share, daemon=True)
+                running[process] = receiver
         rest = [share[::-1] for share in shares]
         while running:
             wait([process.sentinel for process in running], TICK)
@@ -157,27 +157,27 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
                     share.pop()
                     bar.update()
             for process in [process for process in running if process.exitcode is not None]:
-                heard = running.pop(process)
+                receiver = running.pop(process)
                 if process.exitcode:
-                    raise failure(heard)
+                    raise failure(receiver)
     finally:
         end(list(running))
 
 
 def start(job: Callable[..., None], *args: Any, daemon: bool) -> tuple[BaseProcess, Connection]:
-    """Start job(*args, told) in a process; return it, and the end of the pipe that hears `told`."""
+    """Start job(*args, sender) in a process; return it, and what receives what that sends."""
     context = get_context("spawn")
-    heard, told = context.Pipe(duplex=False)
-    process = context.Process(target=job, args=(*args, told), daemon=daemon)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=job, args=(*args, sender), daemon=daemon)
     process.start()
-    told.close()
-    return process, heard
+    sender.close()
+    return process, receiver
 
 
-def failure(heard: Connection) -> Exception:
+def failure(receiver: Connection) -> Exception:
     """Return what a process said that has failed."""
     try:
-        return heard.recv()
+        return receiver.recv()
     except EOFError:  # it could say nothing
         return UserError(KILLED)
 

@@ -25,7 +25,7 @@ SAME = 0.02  # of the width: so little is nothing to an object
 MOST = 16.0  # times larger or smaller
 SQUARE = 0.05  # of the height, that the width of a square differs from it
 SQUEEZED, CUT = "squeezed to a square", "cut to a square"
-REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
+EDGE_REACH = 2  # pixels at the learned scale from an edge there to the finer one, at most
 AT_ONCE = 2**23  # pixels that are resized together: more would only need memory
 NO_OBJECT = 255  # where no object is; 0 is one that was dropped
 
@@ -173,20 +173,20 @@ def fill(labels: Tensor, objects: Tensor, packed: Tensor, size: tuple[int, int])
     x = (column + 0.5) * (width / shape[2]) - 0.5
 
     # Those that lie in a labelled pixel have its label.
-    margin = ((0, 0), (REACH, REACH), (REACH, REACH))
+    margin = ((0, 0), (EDGE_REACH, EDGE_REACH), (EDGE_REACH, EDGE_REACH))
     known = np.where(objects.numpy(), labels.numpy(), np.uint8(NO_OBJECT))
     known = np.pad(known, margin, constant_values=NO_OBJECT)
     top, left = np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)
-    found = known[t, top + REACH, left + REACH]
+    found = known[t, top + EDGE_REACH, left + EDGE_REACH]
 
-    # The rest have that of the nearest labelled pixel in a window of REACH around them.
+    # The rest have that of the nearest labelled pixel in a window of EDGE_REACH around them.
     rest = np.flatnonzero(found == NO_OBJECT)
-    step = np.arange(2 * REACH + 1)
+    step = np.arange(2 * EDGE_REACH + 1)
     window = known[
         t[rest, None, None], top[rest, None, None] + step[:, None], left[rest, None, None] + step
     ]
-    down = (top[rest, None] + step - REACH - y[rest, None]) ** 2
-    right = (left[rest, None] + step - REACH - x[rest, None]) ** 2
+    down = (top[rest, None] + step - EDGE_REACH - y[rest, None]) ** 2
+    right = (left[rest, None] + step - EDGE_REACH - x[rest, None]) ** 2
     distance = np.where(window == NO_OBJECT, np.inf, down[:, :, None] + right[:, None])
     nearest = distance.reshape(len(rest), step.size**2).argmin(axis=1)
     found[rest] = window.reshape(len(rest), step.size**2)[np.arange(len(rest)), nearest]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from classes import BACKGROUND_PAINT, CLASS_NAMES, NUM_CLASSES, NUM_KINDS, PAINT, palette
 from utils import UserError
-from videos import find_in_all, has_mask, read_labels, read_truth, read_video
+from videos import Video, find_in_all, has_mask, read_labels, read_truth, read_video
 
 BLOCK = 16  # pixels, of JPEG with its colours at half the resolution
 STRIP, GUTTER = 4, 4  # videos of a strip at most, and white pixels between them
@@ -128,6 +128,19 @@ def reduced(frames: np.ndarray, labels: list[np.ndarray], width: int) -> list[np
     return [small, *picked]
 
 
+def with_masks(videos: Sequence[Video], masks: Path, data: Sequence[Path]) -> list[Video]:
+    """Return those of the videos in `data` that have masks below `masks`.
+
+    Raises:
+        UserError: none has.
+    """
+    chosen = [video for video in videos if has_mask(masks / video.target)]
+    if not chosen:
+        where = ", ".join(map(str, data))
+        raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
+    return chosen
+
+
 def draw_strip(
     masks: Path, data: Sequence[Path], moving: bool = False, every: int = 1
 ) -> np.ndarray:
@@ -148,12 +161,8 @@ def draw_strip(
         UserError: there is no such video with masks, or one has a fault.
     """
     videos = find_in_all(data, every)
-    where = ", ".join(map(str, data))
     labelled = [video for video in videos if video.labelled]
-    videos = labelled if labelled and not moving else videos
-    videos = [video for video in videos if has_mask(masks / video.target)]
-    if not videos:
-        raise UserError(f"{masks}: holds no masks of the videos in {where}, run infer.py on them")
+    videos = with_masks(labelled if labelled and not moving else videos, masks, data)
     number = min(STRIP, len(videos))
     shown = [videos[i * len(videos) // number] for i in range(number)]
     strip = []
@@ -169,6 +178,7 @@ def draw_strip(
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:
+        where = ", ".join(map(str, data))
         raise UserError(f"{where}: videos of different sizes cannot stand side by side in a strip")
     length = min(map(len, strip))
     gutter = np.full((length, len(strip[0][0]), GUTTER, 3), 255, np.uint8)

@@ -5,6 +5,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pretend
+import pytest
 import torch
 from conftest import ROOT, make_video, write_video
 
@@ -16,6 +17,7 @@ from labelling import Labeller
 from model import UNet
 from pipeline import choose_decoders, fill_batches
 from render import render_video
+from utils import UserError
 
 PRETEND = """
 import sys, json, torch
@@ -68,6 +70,25 @@ def test_without_tracking_labels_are_those_of_predict(tmp_path):
     with mixed_precision(frames.device):
         expected = labeller.model.predict(frames)
     assert torch.equal(labeller.label([frames])[0].labels, expected)
+
+
+@pytest.mark.parametrize(
+    ("videos", "sentence"),
+    [
+        ([torch.rand(2, 3, 32, 48)], r"a video is torch\.float32 \(2, 3, 32, 48\), not uint8"),
+        (
+            [torch.zeros(2, 1, 32, 48, dtype=torch.uint8)],
+            r"torch\.uint8 \(2, 1, 32, 48\)",
+        ),
+        ([torch.zeros(3, 32, 48, dtype=torch.uint8)], r"a video is torch\.uint8 \(3, 32, 48\)"),
+        ([torch.zeros(0, 3, 32, 48, dtype=torch.uint8)], "videos of one call have frames"),
+        ([torch.zeros(1, 3, side, 48, dtype=torch.uint8) for side in (32, 48)], "all of one size"),
+    ],
+    ids=["floats", "gray", "one frame", "no frame", "two sizes"],
+)
+def test_what_is_no_video_is_refused(videos, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Labeller(UNet(widths=(8, 16))).label(videos)
 
 
 def test_short_videos_fill_a_batch_and_none_is_torn():
