@@ -4,11 +4,11 @@
     python train.py --data path --num-epochs 10            # your own videos
     python train.py --data path --resume                   # go on after an interruption
     python train.py --data path --init none                # do not start from the shipped weights
-    torchrun --nproc-per-node=8 train.py --data path       # eight GPUs
+    torchrun --nproc-per-node=8 train.py --data path --batch-size 256  # eight GPUs
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
 Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goes through them
-several times, so that three are enough.
+several times, so that three are enough to learn their look.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
 TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0: where
