@@ -113,13 +113,13 @@ def random_camera(images: Tensor) -> Tensor:
     contrast, exposure = uniform(*CONTRAST), uniform(*EXPOSURE)
     balance = uniform(*BALANCE, channels=3)
     x = torch.addcmul(mean * (exposure - contrast) * balance, x, contrast * balance)
-    x = torch.lerp(x, _mean_of_nine(x), uniform(*BLUR))
+    x = torch.lerp(x, _box_blur(x), uniform(*BLUR))
     noise = NOISE * torch.rand((len(images), 1, 1, 1), device=images.device) ** 4
     return x.addcmul_(torch.randn_like(x), noise).clamp_(0, 1)
 
 
-def _mean_of_nine(images: Tensor) -> Tensor:
-    """Return the mean over 3 x 3 pixels of images (B, C, H, W), whose edges go on beyond them.
+def _box_blur(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) blurred over 3 x 3 pixels; beyond the edge its pixels repeat.
 
     Sums of slices take a CPU a quarter of the time of average pooling.
     """

@@ -1,8 +1,8 @@
 """Masks drawn by the pixel: borders between objects, and no holes in them.
 
 Objects are told apart in cells of 2 x 2 pixels, and in larger frames every pixel gets the class of
-what is nearest: where two touch, the border is a stair. `sharpen` moves it to where the looks of
-the network say that it is. `fill_holes` closes what an object encloses.
+what is nearest: where two touch, the border is a stair. `sharpen` moves it to where two looks of
+the network and the picture's colours say that it is. `fill_holes` closes what an object encloses.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from classes import NUM_CLASSES
-from details import Details
+from details import FIRST_LOOK, Details
 from tracks import MEMBERS, log_probabilities, occupied, sums
 
 BORDER_REACH = 2  # pixels of the first look that a border moves, at most
-COARSE = 0.5  # weight of the first look, where the second was finer
-ROUNDS = 2  # of moving borders: each knows better what the objects look like
-COLOUR = 0.1  # of an 8-bit step of red, green or blue, beside a nat of evidence
-ALIKE = 0.2  # weight of likeness, squared, beside how much likelier one class is than the other
+BORDER_ROUNDS = 2  # of moving borders: each knows better what the objects look like
+COLOUR_SCALE = 0.1  # nats that an 8-bit step of red, green or blue counts as in a distance
+DISTANCE_WEIGHT = 0.2  # nats that one squared nat of distance from an object's mean is worth
 
 
 def sharpen(
@@ -27,8 +26,9 @@ def sharpen(
 ) -> Tensor:
     """Draw the borders between objects in labels of one video by the pixel; return these labels.
 
-    A pixel is of the object whose class both looks say it is, rather than of the other one, and
-    whose mean in that frame it is like, in what they say and in its colour.
+    Of the two objects near a pixel it goes to the one for which more speaks: how much likelier both
+    looks say that its class is, and how much closer the pixel is to its mean in that frame, in what
+    they say and in colour.
 
     Args:
         labels: (T, H, W) uint8 ids, in the picture's own size, changed in place.
@@ -56,14 +56,14 @@ def sharpen(
     known.reshape(-1)[where] = True
     cells = occupied(objects).numpy()
     first = _interpolate(log_probabilities(evidence), cells, t, v / 2, u / 2)
-    first *= 1 if labels.shape == coarse.shape else COARSE
-    colours = COLOUR * details.colours.float().numpy()
+    first *= 1 if labels.shape == coarse.shape else FIRST_LOOK
+    colours = COLOUR_SCALE * details.colours.float().numpy()
     second = np.concatenate([log_probabilities(details.evidence), colours], axis=1)
     second = _interpolate(second, known, t, v, u)
     looks, pair = np.concatenate([first, second], axis=1), pair[:, near]
     classes = MEMBERS[pair[0] - 1] - MEMBERS[pair[1] - 1]
     likelier = ((first + second[:, : first.shape[1]])[near] * classes).sum(axis=1)
-    for _ in range(ROUNDS):
+    for _ in range(BORDER_ROUNDS):
         flat[at[near]] = choose(likelier, looks, t, flat[at], near, pair)
     return labels
 
@@ -129,8 +129,8 @@ def choose(
 ) -> np.ndarray:
     """Return for pixels near two objects the label of the one that they are of, (q,).
 
-    Likeness is the squared distance from the mean of an object in that frame. A pixel of a third
-    object keeps its label, as one does near an object of which nothing is known.
+    A pixel is compared with the mean of each object in its frame, by squared distance. One of a
+    third object keeps its label, as one does near an object of which nothing is known.
 
     Args:
         likelier: (q,) nats by which the class of the first of the two is likelier.
@@ -147,7 +147,7 @@ def choose(
     distance = ((looks[near] - mean[rows]) ** 2).sum(axis=2)
     own = labels[near]
     stays = (keys[rows] != wanted).any(axis=0) | (own != pair).all(axis=0)
-    first = likelier + ALIKE * (distance[1] - distance[0]) >= 0
+    first = likelier + DISTANCE_WEIGHT * (distance[1] - distance[0]) >= 0
     return np.where(stays, own, np.where(first, *pair))
 
 

@@ -30,7 +30,7 @@ SIDES = {1: (32,), FINER: (48, 64, 80, 96)}  # pixels that windows are high and 
 MARGIN = 4  # pixels on each side of a window that only show what is around
 WINDOWS_AT_ONCE = {1: 24, FINER: 8}
 BAND = 6  # pixels of the first look on each side of a border that are kept to compare it with
-FIRST_SHARE = 0.5  # of the evidence of the first look, where edges have been seen finer
+FIRST_LOOK = 0.5  # weight of what it says, where there is a finer one
 SURROUNDINGS = 2  # cells each way that are looked at for another kind of object ...
 SOLID = 5  # ... of which so many make it more than noise
 BUSY = 0.1  # of all cells; a frame that has more where kinds meet is not looked at for borders
@@ -90,7 +90,7 @@ def look_again(
     evidence: Tensor,
     objectness: Tensor | None,
     view: View,
-    borders: bool,
+    with_borders: bool,
 ) -> Details:
     """Look at windows of pictures once more, where that tells something.
 
@@ -103,9 +103,9 @@ def look_again(
         evidence: (n, 13) logits of its cells that hold one, in order.
         objectness: (N, 1, h, w) logits, if the picture's own size is another.
         view: How it was looked at.
-        borders: Whether borders between objects are looked at.
+        with_borders: Whether borders between objects are looked at.
     """
-    cells = border_cells(objects, evidence) if borders else np.zeros((3, 0), np.int64)
+    cells = border_cells(objects, evidence) if with_borders else np.zeros((3, 0), np.int64)
     scale = FINER if view.finer else 1
     groups = cover(object_cells(objects) if view.finer else cells, scale, view.size)
     if groups:
@@ -159,10 +159,8 @@ def join(parts: list[Details], frames: Sequence[int], pixels: int) -> Details:
     outlines = None
     if parts[0].outlines is not None:
         outlines = torch.cat([part.outlines for part in parts])
-    evidence, colours = (
-        torch.cat(column)
-        for column in zip(*((part.evidence, part.colours) for part in parts), strict=True)
-    )
+    evidence = torch.cat([part.evidence for part in parts])
+    colours = torch.cat([part.colours for part in parts])
     return Details(outlines, torch.cat(where), evidence, colours)
 
 
@@ -292,7 +290,7 @@ def edges(
         first = torch.stack(windows.cut(coarse, FINER, 2 * margin))
         first = F.interpolate(first, scale_factor=FINER, mode="bilinear")
         edge = margin * FINER
-        logits = logits[:, 0].float() + FIRST_SHARE * first[:, 0, edge:-edge, edge:-edge]
+        logits = logits[:, 0].float() + FIRST_LOOK * first[:, 0, edge:-edge, edge:-edge]
         inside, near = (torch.stack(windows.cut(maps, FINER)) for maps in (surely, maybe))
         inside, near = (
             maps.repeat_interleave(FINER, 1).repeat_interleave(FINER, 2) for maps in (inside, near)

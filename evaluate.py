@@ -6,9 +6,9 @@
 Every labelled video below --data is compared with the mask.npy at the same relative path below
 --pred. miou is over all videos together, from one integer confusion matrix; video_miou is the mean
 of each video's own. pq, sq and rq are panoptic quality over segments, a segment being a class in a
-frame. border_accuracy is the share of right pixels among those beside another object. A ghost is a
-class that is predicted in a video and not there; a class is lost that is there and of which more
-than half is found in no frame.
+frame. border_accuracy is the share of right pixels among those beside an object of another class. A
+ghost is a class that is predicted in a video and not there; a class is lost that is there and of
+which more than half is found in no frame.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from classes import NUM_CLASSES
 from files import write_json
 from metrics import (
     Segments,
-    borders,
+    at_borders,
     count_segments,
     frame_confusions,
     mean_iou,
@@ -55,7 +55,7 @@ class Tally:
         self.last_frames += confusions[-1]
         self.segments += count_segments(confusions)
         self.frames += len(truth)
-        beside = borders(truth)
+        beside = at_borders(truth)
         self.at_borders += int(beside.sum())
         self.right_at_borders += int((truth == mask)[beside].sum())
         self.videos.append({"video": name, **video_figures(confusions)})
@@ -102,13 +102,13 @@ def score(pred: Path, data: Path, proposals: Path | None = None, every: int = 1)
     for video in videos:
         name = video.target  # "." if `data` is itself a video
         try:
+            if proposals and not has_proposals(video, proposals):
+                continue
             if proposals:
-                known = has_proposals(video, proposals)
-                taken = range(0, every * video.count(), every) if known else None
-                numbers = video.numbers or taken
-                truth = read_masks(video, proposals, numbers) if known else None
+                numbers = video.numbers or range(0, every * video.count(), every)
+                truth = read_masks(video, proposals, numbers)
             else:
-                truth = read_truth(video, len(video.names))
+                truth = read_truth(video)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1

@@ -1,4 +1,4 @@
-"""Whole videos in, objects out: what pipeline.py gives its videos to, and who labels from Python.
+"""Whole videos in, objects out: for pipeline.py, and for whoever labels from Python.
 
     labeller = Labeller.load("weights/clevr_unet.pt")
     (objects,) = labeller.label([frames])  # uint8 (T, 3, H, W), all frames of a video
@@ -99,17 +99,12 @@ class Labeller:
         Raises:
             UserError: they are no such videos, or too large for the network.
         """
-        for video in videos:
-            if video.dtype != torch.uint8 or video.dim() != 4 or video.shape[1] != 3:
-                what = f"{video.dtype} {tuple(video.shape)}"
-                raise UserError(f"a video is {what}, not uint8 (T, 3, H, W): give bytes, 0 to 255")
-            if not len(video) or video.shape[2:] != videos[0].shape[2:]:
-                raise UserError("videos of one call have frames, all of one size: label each alone")
+        check_videos(videos)
         if not videos:
             return []
         numbers = numbers or [range(len(video)) for video in videos]
         views = self.scale.views(*videos[0].shape[2:])
-        if len(views) == 1 and not any(may_have_bars(video[0]) for video in videos if len(video)):
+        if len(views) == 1 and not any(may_have_bars(video[0]) for video in videos):
             frames = torch.cat(list(videos))
             parts = math.ceil(len(frames) / self.at_once(views[0]))
             batches = frames.tensor_split(parts)  # all about as large
@@ -182,7 +177,8 @@ class Labeller:
 
     def at_once(self, view: View) -> int:
         """Return how many frames the network looks at together."""
-        pixels = max(math.prod(view.size), math.prod(view.own) // 4)  # as bytes: a quarter
+        # In their own size frames are bytes, a quarter of floats.
+        pixels = max(math.prod(view.size), math.prod(view.own) // 4)
         most = MAX_ON_CPU if self.device.type == "cpu" else MAX_AT_ONCE
         return min(self.batch_size, max(1, most // pixels))
 
@@ -228,8 +224,7 @@ class Labeller:
         if not self.tracking:
             found = by_frame(objects, evidence)
         elif are_stills(ground, objects, evidence):
-            found = follow_none(objects, evidence, view.unit)
-            remarks.append("its frames are pictures of different scenes, each is labelled alone")
+            found = follow_none(objects, evidence, view.unit)._replace(stills=True)
         else:
             found = follow(objects, evidence, view.unit)
 
@@ -282,8 +277,8 @@ class Labeller:
         """Let the network look at frames (N, 3, H, W), uint8, on the CPU, as far as `box` goes."""
         frames = box.cut(frames)
         flat = is_flat(frames)
-        own = frames.to(self.device, non_blocking=True)  # bytes
-        picture = resize(own, view.size)
+        on_device = frames.to(self.device, non_blocking=True)  # bytes
+        picture = resize(on_device, view.size)
         answer = self.look(picture)
         found = [answer.objectness[:, 0] > 0, answer.attributes, thumbnails(picture)]
         if view.size != view.own:
@@ -293,7 +288,7 @@ class Labeller:
         evidence = gather(objects, attributes)
         evidence = evidence.half() if self.tracking else evidence
         edges = objectness[0] if objectness else None
-        shown = own if view.finer else picture
+        shown = on_device if view.finer else picture
         details = look_again(
             self.look, shown, frames, objects, evidence, edges, view, self.tracking
         )
@@ -307,6 +302,27 @@ def sureness(answer: Answer) -> float:
     """
     objectness = answer.objectness.float()
     return float(objectness[objectness > 0].mean()) if (objectness > 0).any() else 0.0
+
+
+def check_videos(videos: Sequence[Tensor]) -> None:
+    """Raise UserError unless videos are a list of uint8 (T, 3, H, W) of one frame size, on the CPU.
+
+    Tensors come from elsewhere: the sentence says how each mistake is mended.
+    """
+    if isinstance(videos, Tensor) or not all(isinstance(video, Tensor) for video in videos):
+        raise UserError(
+            "videos are no list of tensors: give label([frames]), of an array torch.from_numpy(it)"
+        )
+    for video in videos:
+        if video.dtype != torch.uint8:
+            raise UserError(f"a video is {video.dtype}, not torch.uint8: give bytes, 0 to 255")
+        if video.dim() != 4 or video.shape[1] != 3 or not video.numel():
+            shape = tuple(video.shape)
+            raise UserError(f"a video is {shape}, not (T, 3, H, W): give one frame as frame[None]")
+        if video.device.type != "cpu":
+            raise UserError(f"a video is on {video.device}: give video.cpu()")
+        if video.shape[2:] != videos[0].shape[2:]:
+            raise UserError("videos of one call have frames of one size: label each size by itself")
 
 
 def frames_at_once(count: int, pixels: int) -> list[int]:

@@ -3,9 +3,9 @@
 Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a cross
 entropy each over object pixels alone, so that the 95 % of background do not drown what the objects
 are. Coarse stages learn from the pixel at the middle of each cell. The finest has attributes for
-cells of 2 x 2 pixels: they are interpolated at the pixels, as `borders.sharpen` reads them. Pixels
-near a border between two objects weigh more, after the weight map of the first UNet (Ronneberger et
-al. 2015, arXiv:1505.04597), which weighs the gaps between objects.
+cells of 2 x 2 pixels: they are interpolated at the pixels, much as `borders.sharpen` does it.
+Pixels near a border between two objects weigh more, after the weight map of the first UNet
+(Ronneberger et al. 2015, arXiv:1505.04597), which weighs the gaps between objects.
 
 All shapes are fixed, whatever the frames hold: nothing here waits for a GPU to say how many pixels
 are objects, and a frame without any has a loss too.
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
-from metrics import borders, dilated
+from metrics import at_borders, dilated
 
-BACKGROUND_WEIGHT = 2.0  # of "is it an object", beside one each of shape, material and colour
+OBJECTNESS_WEIGHT = 2.0  # beside one each of shape, material and colour
 COARSE_WEIGHT = 0.5  # of each stage but the finest, whose answer is the one that counts
 BORDER_WEIGHT = 4.0  # of object pixels within two of where two classes touch; 1 elsewhere
 
@@ -31,7 +31,7 @@ Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss (a scalar) of what `answers` says of frames.
 
-    Of several processes each divides by the objects of its own frames.
+    Of several processes each divides by the weights of the object pixels of its own frames.
 
     Args:
         answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes; of
@@ -39,16 +39,16 @@ def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
         mask: Ids (B, H, W), any integer type.
         one_hot: `one_hot_factors()` on the same device.
     """
-    objectness, attributes, objects = _sums(answers, mask, one_hot)
-    attributes = attributes.sum(dim=1) / objects.sum(dim=1).clamp(min=1)  # 0 without objects
-    each = BACKGROUND_WEIGHT * objectness.mean(dim=1) + attributes  # (answers,)
+    objectness, attributes, weights = _sums(answers, mask, one_hot)
+    attributes = attributes.sum(dim=1) / weights.sum(dim=1).clamp(min=1)  # 0 without objects
+    each = OBJECTNESS_WEIGHT * objectness.mean(dim=1) + attributes  # (answers,)
     return COARSE_WEIGHT * each[:-1].sum() + each[-1]
 
 
 def frame_losses(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss of each frame by itself, (B,); arguments as of `loss`."""
-    objectness, attributes, objects = _sums(answers, mask, one_hot)
-    each = BACKGROUND_WEIGHT * objectness + attributes / objects.clamp(min=1)  # (answers, B)
+    objectness, attributes, weights = _sums(answers, mask, one_hot)
+    each = OBJECTNESS_WEIGHT * objectness + attributes / weights.clamp(min=1)  # (answers, B)
     return COARSE_WEIGHT * each[:-1].sum(dim=0) + each[-1]
 
 
@@ -109,7 +109,7 @@ def _at_pixels(cells: Tensor, mask: Tensor) -> Tensor:
 
 def _border_weight(mask: Tensor) -> Tensor:
     """Return BORDER_WEIGHT near where objects meet, background too, else 1; (B, H, W)."""
-    return 1 + (BORDER_WEIGHT - 1) * dilated(borders(mask))
+    return 1 + (BORDER_WEIGHT - 1) * dilated(at_borders(mask))
 
 
 def middle_ids(mask: Tensor, cells: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Nearly all come from integer confusion matrices, (49, 49) of a data set or (T, 49, 49) of the frames
 of a video, whose rows are true classes and columns predicted ones: counts, which can be added up
-over frames, videos and processes. `borders` says where two classes meet, for `border_accuracy` and
-for the loss.
+over frames, videos and processes. `at_borders` says where two classes meet, for `border_accuracy`
+and for the loss.
 """
 
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ def panoptic_quality(segments: Segments) -> dict[str, float | None]:
     }
 
 
-def borders(labels: Tensor) -> Tensor:
+def at_borders(labels: Tensor) -> Tensor:
     """Return which pixels of (T, H, W) ids lie beside one of another class, background apart.
 
     (T, H, W) bool: where two objects meet, one pixel on each side, up, down, left and right. Two

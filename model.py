@@ -241,7 +241,11 @@ class UNet(nn.Module):
         return loss.frame_losses(answers, mask, self.one_hot)
 
     def labels(self, answers: list[Answer]) -> Tensor:
-        """Return labels (B, H, W) uint8: the argmax over the 49 logits, without making them."""
+        """Return labels (B, H, W) uint8: the argmax over the 49 logits, without making them.
+
+        Cells are repeated, which is quicker than to interpolate them as the loss does: borders
+        between objects are stairs, which `borders.sharpen` draws anew for infer.py.
+        """
         objectness, attributes = answers[-1]
         best = (f.max(dim=1)[1] for f in attributes.split(FACTOR_SIZES, dim=1))
         ids = from_factors(*best)[:, None].to(torch.uint8)  # (B, 1, H/2, W/2)

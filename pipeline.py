@@ -167,8 +167,14 @@ class Work(NamedTuple):
 
 
 def remarks(video: Video, objects: Objects) -> list[str]:
-    """Return what is to be said of a video: of its frames' form once for all videos of it."""
-    return [f"{video}: {text}" if text.startswith("its ") else text for text in objects.remarks]
+    """Return what was done to the frames of a video, for people to read.
+
+    What is done to all frames of a size has no name in it, so that it is said once.
+    """
+    if not objects.stills:
+        return list(objects.remarks)
+    stills = f"{video}: its frames are pictures of different scenes, each is labelled alone"
+    return [*objects.remarks, stills]
 
 
 def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]:

@@ -81,7 +81,7 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
     faults: list[str] = []
     truth, confidence = None, {}
     try:
-        truth = read_truth(video, shape[0], shape[1:])
+        truth = read_truth(video, shape[1:])
     except UserError as error:
         faults.append(str(error))
     try:

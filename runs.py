@@ -341,9 +341,9 @@ class Keeper:
 
 
 def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
-    """Say what a run begins or goes on with."""
+    """Return what is printed of how a run begins or goes on."""
     words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
-    if run.step:
+    if not run.begins:
         within = f" and step {run.done}" if run.done else ""
         words.append(f"going on after epoch {run.epoch}{within}")
     else:
@@ -366,7 +366,7 @@ def began_at(out: Path) -> str:
 
 
 def last_words(out: Path, data: Path) -> str:
-    """Say what a finished run came to, where its files are, and what to type next."""
+    """Return what is printed at the end: what a run came to, its files, what to type next."""
     file = out / BEST
     try:
         best = load_checkpoint(file)
@@ -380,7 +380,7 @@ def last_words(out: Path, data: Path) -> str:
     command = ["python", script, "--ckpt", str(file), "--out", "masks", "--data", str(data)]
     return (
         f"{came_to}, in {file}\n"
-        f"figures of every epoch: {out / 'log.csv'}, and curves and pictures with: "
-        f"{shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}\n"
+        f"figures of every epoch: {out / LOG}, and curves and pictures with: "
+        f"{shlex.join(['tensorboard', '--logdir', str(out / BOARD)])}\n"
         f"label these or other videos with: {shlex.join(command)}"
     )

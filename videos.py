@@ -63,6 +63,7 @@ class Video:
         labelled: Whether there is a mask.npy in it, even one that cannot be read.
         every: 6 where only every sixth frame is taken.
         missing: The first numbers that its frames leave out, of all of them.
+        total: How many frames a folder holds, also those that `every` leaves out.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Video:
     labelled: bool = False
     every: int = 1
     missing: tuple[int, ...] = ()
+    total: int = 0
 
     @classmethod
     def of(cls, folder: Path, target: Path, names: Iterable[str], every: int = 1) -> "Video":
@@ -85,7 +87,8 @@ class Video:
         labelled, numbers = any(name in MASKS for name in names), set(map(number_of, frames))
         gaps = (n for n in range(max(numbers, default=0)) if n not in numbers)
         missing = tuple(islice(gaps, 4))
-        return cls(folder, target, tuple(frames[::every]), labelled, every, missing)
+        taken = tuple(frames[::every])
+        return cls(folder, target, taken, labelled, every, missing, len(frames))
 
     def every_nth(self, every: int) -> "Video":
         """Return the video of every so many-th of its frames."""
@@ -379,16 +382,13 @@ def read_labels(
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-def read_truth(video: Video, frames: int, size: Sequence[int] | None = None) -> Tensor | None:
-    """Return the true labels of the frames of a video that are taken, as of `read_labels`."""
-    truth = read_labels(video.path, None if video.every > 1 else frames, size)
-    if truth is not None and video.every > 1:
-        truth = truth[:: video.every]
-        if len(truth) != frames:
-            raise UserError(
-                f"{video}: its mask has {len(truth)} of {frames} frames that are taken."
-            )
-    return truth
+def read_truth(video: Video, size: Sequence[int] | None = None) -> Tensor | None:
+    """Return the true labels of the frames of a video that are taken, or None if it has none.
+
+    Raises UserError as `read_labels`: all its frames must have a mask.
+    """
+    truth = read_labels(video.path, video.total or None, size)
+    return None if truth is None else truth[:: video.every]
 
 
 @dataclass

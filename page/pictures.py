@@ -160,9 +160,9 @@ def draw_strip(
     Raises:
         UserError: there is no such video with masks, or one has a fault.
     """
-    videos = find_in_all(data, every)
+    videos = with_masks(find_in_all(data, every), masks, data)
     labelled = [video for video in videos if video.labelled]
-    videos = with_masks(labelled if labelled and not moving else videos, masks, data)
+    videos = labelled if labelled and not moving else videos
     number = min(STRIP, len(videos))
     shown = [videos[i * len(videos) // number] for i in range(number)]
     strip = []
@@ -174,7 +174,7 @@ def draw_strip(
             rows = [frames, write_names(draw_over(frames, mask), mask)]
         else:
             t = slice(len(frames) // 2, len(frames) // 2 + 1)
-            truth = [read_truth(video, *shape).numpy()] if labelled else []
+            truth = [read_truth(video, shape[1]).numpy()] if labelled else []
             rows = [frames[t], *(palette()[ids[t]] for ids in (*truth, mask))]
         strip.append(np.concatenate(rows, axis=1))
     if len({column.shape[1:] for column in strip}) > 1:

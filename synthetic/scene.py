@@ -57,10 +57,10 @@ NOMINAL = {
 }
 AT_BORDER, BEHIND = 0.07, 0.04  # shares of objects that rest cut by the picture's end, or hidden
 GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it looks like its shadow
-# Where a flat metal top shows the fill lamp, and in which share of the videos one begins there.
+# Near where a flat metal top shows the fill lamp, one begins in a share of the videos with one.
 SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
-# CLEVR's own stills have objects of two sizes, here in CLEVRER's, a camera that is moved about and
-# harder shadows: this share of the videos is like them.
+# CLEVR's own stills have objects of two sizes, given relative to CLEVRER's one, a camera that is
+# moved about and harder shadows: this share of the videos is like them.
 CLEVR_LIKE, CLEVR_SIZES = 0.12, (0.87, 1.75)
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
@@ -145,7 +145,7 @@ def collide(
 def simulate(
     rng: np.random.Generator, radii: np.ndarray, num_frames: int, at_spot: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slide, spin, and collide discs of the given radii; with `at_spot` the first begins at SPOT.
+    """Slide, spin, and collide discs of the given radii; with `at_spot` the first begins near SPOT.
 
     Returns positions (num_frames, N, 2), angles (num_frames, N) in radians, and the indices (N,) of
     the discs that found a place: a crowd too dense loses some.

@@ -72,19 +72,23 @@ def test_without_tracking_labels_are_those_of_predict(tmp_path):
     assert torch.equal(labeller.label([frames])[0].labels, expected)
 
 
+BLACK = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("videos", "sentence"),
     [
-        ([torch.rand(2, 3, 32, 48)], r"a video is torch\.float32 \(2, 3, 32, 48\), not uint8"),
-        (
-            [torch.zeros(2, 1, 32, 48, dtype=torch.uint8)],
-            r"torch\.uint8 \(2, 1, 32, 48\)",
-        ),
-        ([torch.zeros(3, 32, 48, dtype=torch.uint8)], r"a video is torch\.uint8 \(3, 32, 48\)"),
-        ([torch.zeros(0, 3, 32, 48, dtype=torch.uint8)], "videos of one call have frames"),
-        ([torch.zeros(1, 3, side, 48, dtype=torch.uint8) for side in (32, 48)], "all of one size"),
+        ([BLACK.float()], r"a video is torch\.float32, not torch\.uint8: give bytes, 0 to 255"),
+        ([BLACK[:, :1]], r"is \(2, 1, 32, 48\), not \(T, 3, H, W\)"),
+        ([BLACK[0]], r"is \(3, 32, 48\), .* give one frame as frame\[None\]"),
+        ([BLACK[:0]], r"is \(0, 3, 32, 48\), not"),
+        ([BLACK[:, :, :0]], r"is \(2, 3, 0, 48\), not"),
+        ([BLACK, BLACK[..., :32]], "have frames of one size"),
+        (BLACK, r"no list of tensors: give label\(\[frames\]\)"),
+        ([BLACK.numpy()], r"of an array torch\.from_numpy"),
+        ([BLACK.to("meta")], r"is on meta: give video\.cpu\(\)"),
     ],
-    ids=["floats", "gray", "one frame", "no frame", "two sizes"],
+    ids=["floats", "gray", "frame", "none", "flat", "sizes", "tensor", "array", "device"],
 )
 def test_what_is_no_video_is_refused(videos, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from classes import FACTOR_SIZES, NUM_CLASSES, factors
 from loss import (
-    BACKGROUND_WEIGHT,
     BORDER_WEIGHT,
     COARSE_WEIGHT,
+    OBJECTNESS_WEIGHT,
     frame_losses,
     loss,
     middle_ids,
@@ -27,7 +27,7 @@ def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
         ids = mask if finest else middle_ids(mask, objectness)
         inside, weight = ids > 0, torch.ones(ids.shape)
         part = F.binary_cross_entropy_with_logits(objectness[:, 0].float(), inside.float())
-        part = part * BACKGROUND_WEIGHT
+        part = part * OBJECTNESS_WEIGHT
         if inside.any():
             if finest:
                 attributes = F.interpolate(attributes, scale_factor=2, mode="bilinear")
