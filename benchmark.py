@@ -53,9 +53,10 @@ from bench.speed import (
     timed,
 )
 from checkpoints import SHIPPED
+from devices import end_processes, follow_parent, start_process, without_ctrl_c
 from model import UNet
 from optim import USUAL_BATCH
-from render import DEMO_DATA, end, follow_parent, render_demo, start, without_ctrl_c
+from render import DEMO_DATA, render_demo
 from videos import Video, find_videos
 
 try:
@@ -85,7 +86,7 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
         UserError: it was killed. RuntimeError: it failed, with its traceback.
     """
     with without_ctrl_c():  # this process ends it
-        process, receiver = start(_send, job, args, daemon=False)  # it may start readers
+        process, receiver = start_process(_send, job, args, daemon=False)  # it may start readers
     try:
         result, fault = receiver.recv()
     except EOFError:
@@ -94,7 +95,7 @@ def in_new_process(job: Callable[..., int | None], *args: Any) -> int | None:
             "give a smaller --batch-size"
         ) from None
     finally:
-        end([process])
+        end_processes([process])
     if fault:
         raise RuntimeError(fault)
     return result

@@ -13,6 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import torch
 from utils import UserError
 
 PATIENCE = timedelta(hours=2)  # for processes that wait for each other, as while one saves
+TIME_TO_END = 1.0  # seconds that a process has
 MAX_THREADS = 16  # of this process that read, label or draw videos
 GPU_THREADS = 4  # one launches while another waits for its labels or for the disk
 
@@ -175,6 +179,63 @@ def why_alone() -> str:
     except OSError as error:  # as in containers without /dev/shm, or where it is read-only
         return f"/dev/shm: {error.strerror}"
     return ""
+
+
+def start_process(
+    job: Callable[..., None], *args: Any, daemon: bool
+) -> tuple[BaseProcess, Connection]:
+    """Start job(*args, sender) in a process; return it, and what receives what that sends."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=job, args=(*args, sender), daemon=daemon)
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def end_processes(processes: list[BaseProcess]) -> None:
+    """End processes at once.
+
+    A Ctrl-C meanwhile is ignored; where this is itself because of one, later ones are, too.
+    """
+    if not processes:
+        return
+    stopped = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(TIME_TO_END)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    if main and not stopped:
+        signal.signal(signal.SIGINT, before)
+
+
+def follow_parent() -> None:
+    """End this worker when its parent is gone, even by kill -9."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Hold back a Ctrl-C until the end of the block; processes that start in it never get one."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # first, since its start lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Processes:

@@ -10,16 +10,11 @@ on the number of workers; a folder takes videos of one set of settings.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import secrets
 import shutil
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,7 +27,15 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from classes import FRAME_SIZE, NUM_KINDS
-from devices import choose_device, usable_cpus, why_alone
+from devices import (
+    choose_device,
+    end_processes,
+    follow_parent,
+    start_process,
+    usable_cpus,
+    why_alone,
+    without_ctrl_c,
+)
 from files import atomic_write, write_json
 from synthetic.raytrace import CELL, develop, lamp_points, render_frames
 from synthetic.scene import make_scene
@@ -49,7 +52,6 @@ KILLED = (
     "if it happens again, give render.py fewer --workers"
 )
 TICK = 0.2  # seconds after which what is done is counted
-PATIENCE = 1.0  # seconds that a process has to end
 REMEDY = "rename that folder (train.py --data trains on it still), or give render.py another --out"
 
 
@@ -147,7 +149,7 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
     try:
         with without_ctrl_c():  # which they never get: this process ends them
             for share in shares:
-                process, receiver = start(render_share, share, daemon=True)
+                process, receiver = start_process(render_share, share, daemon=True)
                 running[process] = receiver
         rest = [share[::-1] for share in shares]
         while running:
@@ -161,17 +163,7 @@ def render_in_processes(jobs: list[tuple], workers: int, bar: tqdm) -> None:
                 if process.exitcode:
                     raise failure(receiver)
     finally:
-        end(list(running))
-
-
-def start(job: Callable[..., None], *args: Any, daemon: bool) -> tuple[BaseProcess, Connection]:
-    """Start job(*args, sender) in a process; return it, and what receives what that sends."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=job, args=(*args, sender), daemon=daemon)
-    process.start()
-    sender.close()
-    return process, receiver
+        end_processes(list(running))
 
 
 def failure(receiver: Connection) -> Exception:
@@ -180,48 +172,6 @@ def failure(receiver: Connection) -> Exception:
         return receiver.recv()
     except EOFError:  # it could say nothing
         return UserError(KILLED)
-
-
-def end(processes: list[BaseProcess]) -> None:
-    """End processes at once; a Ctrl-C is not heard meanwhile, and after a first one never more."""
-    if not processes:
-        return
-    stopped = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(PATIENCE)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    if main and not stopped:
-        signal.signal(signal.SIGINT, before)
-
-
-def follow_parent() -> None:
-    """End this worker when its parent is gone, even by kill -9."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def without_ctrl_c() -> Iterator[None]:
-    """Hold back a Ctrl-C until the end of the block; processes that start in it never get one."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # first, since its start lets Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read_settings(out: Path) -> dict[str, Any]:
