@@ -1,8 +1,9 @@
 """The augmentation: image and mask move together, no colour becomes another."""
 
+import pytest
 import torch
 
-from augment import augment, random_camera, random_object_crops
+from augment import _box_blur, augment, random_camera, random_object_crops
 
 
 def test_augmentation_moves_image_and_mask_together():
@@ -71,3 +72,13 @@ def test_augmentation_never_turns_one_colour_into_another():
             assert ((shown - before + 180) % 360 - 180).abs().max() < 28, name
             assert saturation.min() > 0.15, name
             assert saturation.min() > 0.4 * saturated, name
+
+
+def test_blur_is_the_mean_over_nine_pixels():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 6, 9)
+    blurred = _box_blur(images)
+    mean = torch.nn.functional.avg_pool2d(images, 3, stride=1)
+    torch.testing.assert_close(blurred[..., 1:-1, 1:-1], mean)
+    (a, b), (c, d) = images[0, 0, :2, :2].tolist()
+    assert blurred[0, 0, 0, 0].item() == pytest.approx((4 * a + 2 * b + 2 * c + d) / 9)

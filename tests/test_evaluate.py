@@ -178,6 +178,24 @@ def test_faulty_truth_is_named_and_left_out(run, tmp_path, labels):
     assert run(*arguments)[0] == 2  # nothing is left to score
 
 
+def test_every_third_frame_is_scored_and_a_short_truth_is_not(run, tmp_path):
+    """Of 7 frames 0, 3 and 6 are taken; 8 masks have as many third ones, but fit no 7 frames."""
+    masks = np.zeros((8, 4, 6), np.uint8)
+    masks[np.arange(8), 0, :3] = np.arange(1, 9)[:, None]  # another class in each
+    for number, count in ((1, 7), (2, 8)):
+        write_video(tmp_path / f"data/video_{number}", masks[:count], frames=7)
+        write_mask(tmp_path / f"pred/video_{number}", masks[:7:3])
+    arguments = "--pred", tmp_path / "pred", "--data", tmp_path / "data", "--json", tmp_path / "s"
+    status, _, err = run(*arguments, "--every", 3)
+    result = json.loads((tmp_path / "s").read_text())
+    assert status == 0
+    assert (result["videos"], result["frames"], result["skipped"]) == (1, 3, 1)
+    assert result["miou"] == 1
+    assert "video_2" in err
+    assert "8 masks" in err
+    assert run(*arguments)[0] == 2  # three masks of seven frames
+
+
 @pytest.mark.parametrize("missing", ["pred", "data"])
 def test_a_missing_folder_is_named(run, tmp_path, labels, missing):
     write_video(tmp_path / "there", labels)

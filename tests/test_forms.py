@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 import details
-from borders import fill_holes, sharpen
+from borders import choose, fill_holes, sharpen
 from content import Bars, Box, is_flat
 from details import cover
 from labelling import Labeller
@@ -263,6 +263,12 @@ def test_a_border_moves_to_where_evidence_changes():
     assert found[0, 5].tolist() == [0] * 2 + [5] * 7 + [7] * 9 + [0] * 2
     nothing = details.Details(None, where[:0], second[:0], grey[:0])
     assert torch.equal(sharpen(kinds.clone(), kinds, objects, first, nothing), kinds)
+
+    # Of two objects that a pixel is as far from, the likelier one has it.
+    near, looks = np.array([True, True]), np.zeros((2, 1), np.float32)
+    pair, labels = np.array([[5, 5], [7, 7]]), np.array([5, 7], np.uint8)
+    chosen = choose(np.array([-1.0, 1.0]), looks, np.zeros(2, int), labels, near, pair)
+    assert chosen.tolist() == [7, 5]
 
     # Where both looks say nothing new, the picture's colours do.
     seen = grey.clone()
