@@ -38,6 +38,7 @@ from videos import Frame, size_text
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
+WIDER = 0.2  # logits by which the network is surer of objects that are drawn wider than they are
 SURVEYED = 16  # frames of a video by which it is told what its squares were made of
 DRAWN_AT_ONCE = 2**23  # pixels of labels that are drawn together
 
@@ -171,9 +172,8 @@ class Labeller:
         if len(views) == 1 or not chosen:
             return bars.box, views[0]
         pictures = bars.box.cut(torch.stack(chosen)).to(self.device)
-        return bars.box, max(
-            views, key=lambda view: sureness(self.look(resize(pictures, view.size)))
-        )
+        squeezed, cut = (sureness(self.look(resize(pictures, view.size))) for view in views)
+        return bars.box, views[cut > squeezed - WIDER]
 
     def at_once(self, view: View) -> int:
         """Return how many frames the network looks at together."""
@@ -296,10 +296,7 @@ class Labeller:
 
 
 def sureness(answer: Answer) -> float:
-    """Return how sure a network is of the objects that it sees, the mean of their pixels' logits.
-
-    Of rendered squares it tells 94 % rightly apart: those that were squeezed, and cut ones.
-    """
+    """Return how sure a network is of objects that it sees: the mean of their pixels' logits."""
     objectness = answer.objectness.float()
     return float(objectness[objectness > 0].mean()) if (objectness > 0).any() else 0.0
 
