@@ -2,7 +2,7 @@
 
 Objects are told apart in cells of 2 x 2 pixels, and in larger frames every pixel gets the class of
 what is nearest: where two touch, the border is a stair. `sharpen` moves it to where two looks of
-the network and the picture's colours say that it is. `fill_holes` closes what an object encloses.
+the network say that it is. `fill_holes` closes what an object encloses.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,9 @@ from torch import Tensor
 
 from classes import NUM_CLASSES
 from details import FIRST_LOOK, Details
-from tracks import MEMBERS, log_probabilities, occupied, sums
+from tracks import log_probabilities, occupied, sums
 
 BORDER_REACH = 2  # pixels of the first look that a border moves, at most
-BORDER_ROUNDS = 2  # of moving borders: each knows better what the objects look like
-COLOUR_SCALE = 0.1  # nats that an 8-bit step of red, green or blue counts as in a distance
-DISTANCE_WEIGHT = 0.2  # nats that one squared nat of distance from an object's mean is worth
 
 
 def sharpen(
@@ -26,9 +23,8 @@ def sharpen(
 ) -> Tensor:
     """Draw the borders between objects in labels of one video by the pixel; return these labels.
 
-    Of the two objects near a pixel it goes to the one for which more speaks: how much likelier both
-    looks say that its class is, and how much closer the pixel is to its mean in that frame, in what
-    they say and in colour.
+    Of the two objects near a pixel it goes to the one whose mean in that frame is closer to what
+    both looks say of it.
 
     Args:
         labels: (T, H, W) uint8 ids, in the picture's own size, changed in place.
@@ -57,14 +53,9 @@ def sharpen(
     cells = occupied(objects).numpy()
     first = _interpolate(log_probabilities(evidence), cells, t, v / 2, u / 2)
     first *= 1 if labels.shape == coarse.shape else FIRST_LOOK
-    colours = COLOUR_SCALE * details.colours.float().numpy()
-    second = np.concatenate([log_probabilities(details.evidence), colours], axis=1)
-    second = _interpolate(second, known, t, v, u)
-    looks, pair = np.concatenate([first, second], axis=1), pair[:, near]
-    classes = MEMBERS[pair[0] - 1] - MEMBERS[pair[1] - 1]
-    likelier = ((first + second[:, : first.shape[1]])[near] * classes).sum(axis=1)
-    for _ in range(BORDER_ROUNDS):
-        flat[at[near]] = choose(likelier, looks, t, flat[at], near, pair)
+    second = _interpolate(log_probabilities(details.evidence), known, t, v, u)
+    looks = np.concatenate([first, second], axis=1)
+    flat[at[near]] = choose(looks, t, flat[at], near, pair[:, near])
     return labels
 
 
@@ -120,12 +111,7 @@ def around(labels: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    likelier: np.ndarray,
-    looks: np.ndarray,
-    t: np.ndarray,
-    labels: np.ndarray,
-    near: np.ndarray,
-    pair: np.ndarray,
+    looks: np.ndarray, t: np.ndarray, labels: np.ndarray, near: np.ndarray, pair: np.ndarray
 ) -> np.ndarray:
     """Return for pixels near two objects the label of the one that they are of, (q,).
 
@@ -133,7 +119,6 @@ def choose(
     third object keeps its label, as one does near an object of which nothing is known.
 
     Args:
-        likelier: (q,) nats by which the class of the first of the two is likelier.
         looks: (p, C) what is known of each pixel.
         t: (p,) their frames.
         labels: (p,) of them.
@@ -147,8 +132,7 @@ def choose(
     distance = ((looks[near] - mean[rows]) ** 2).sum(axis=2)
     own = labels[near]
     stays = (keys[rows] != wanted).any(axis=0) | (own != pair).all(axis=0)
-    first = likelier + DISTANCE_WEIGHT * (distance[1] - distance[0]) >= 0
-    return np.where(stays, own, np.where(first, *pair))
+    return np.where(stays, own, np.where(distance[0] <= distance[1], *pair))
 
 
 def fill_holes(labels: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ class Details(NamedTuple):
     outlines: Tensor | None  # packed, (N, H, W): objects in the picture's own size, if that differs
     where: Tensor  # (m,) int64, flat positions in (N, h, w), rising: around borders
     evidence: Tensor  # (m, 13) half, logits of shape, material and colour there
-    colours: Tensor  # (m, 3) half, of the picture there: red, green, blue, 0..255
 
 
 class Windows(NamedTuple):
@@ -85,7 +84,6 @@ class Windows(NamedTuple):
 def look_again(
     network: Callable[[Tensor], Answer],
     picture: Tensor,
-    frames: Tensor,
     objects: Tensor,
     evidence: Tensor,
     objectness: Tensor | None,
@@ -98,7 +96,6 @@ def look_again(
         network: Gives the finest answer to uint8 (B, 3, S, S).
         picture: uint8 (N, 3, H, W) in its own size, or as it was looked at, on its device; all else
             is on the CPU.
-        frames: uint8 (N, 3, H, W), the picture in its own size.
         objects: (N, h, w) bool, where the first look sees an object.
         evidence: (n, 13) logits of its cells that hold one, in order.
         objectness: (N, 1, h, w) logits, if the picture's own size is another.
@@ -128,7 +125,7 @@ def look_again(
             F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in attributes
         ]
     where, logits = evidence_at(cells, groups, attributes, tuple(objects.shape))
-    return Details(outlines, where, logits, colours_at(frames, where, tuple(objects.shape)))
+    return Details(outlines, where, logits)
 
 
 def answer_windows(
@@ -160,8 +157,7 @@ def join(parts: list[Details], frames: Sequence[int], pixels: int) -> Details:
     if parts[0].outlines is not None:
         outlines = torch.cat([part.outlines for part in parts])
     evidence = torch.cat([part.evidence for part in parts])
-    colours = torch.cat([part.colours for part in parts])
-    return Details(outlines, torch.cat(where), evidence, colours)
+    return Details(outlines, torch.cat(where), evidence)
 
 
 def split(details: Details, frames: Sequence[int], pixels: int) -> Iterator[Details]:
@@ -172,7 +168,7 @@ def split(details: Details, frames: Sequence[int], pixels: int) -> Iterator[Deta
         first, last = torch.searchsorted(details.where, ends).tolist()
         outlines = None if details.outlines is None else details.outlines[start : start + count]
         where = details.where[first:last] - int(ends[0])
-        yield Details(outlines, where, details.evidence[first:last], details.colours[first:last])
+        yield Details(outlines, where, details.evidence[first:last])
         start += count
 
 
@@ -352,25 +348,3 @@ def evidence_at(
             known[which] = True
     where += (chosen - np.arange(len(chosen)))[where // (height * width)] * (height * width)
     return torch.from_numpy(where[known]), torch.from_numpy(result[known])
-
-
-def colours_at(frames: Tensor, where: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the colours at pixels of the first look, (m, 3) half.
-
-    CLEVR's masks sit half a pixel up and left of the picture: what is asked for lies around the
-    lower right corner of each pixel.
-
-    Args:
-        frames: uint8 (N, 3, H, W), in their own size.
-        where: (m,) flat positions in `shape`.
-        shape: N, and height and width of the first look.
-    """
-    t, *position = np.unravel_index(where.numpy(), shape)
-    pixels, sides = frames.permute(0, 2, 3, 1).numpy(), []
-    for along, side, own in zip(position, shape[1:], pixels.shape[1:3], strict=True):
-        point = (along + 1) * (own / side) - 0.5
-        first = np.floor(point).astype(int)
-        share = (point - first)[:, None]
-        sides.append([(first.clip(0, own - 1), 1 - share), ((first + 1).clip(0, own - 1), share)])
-    colours = sum(a * b * pixels[t, row, column] for row, a in sides[0] for column, b in sides[1])
-    return torch.from_numpy(np.asarray(colours, np.float16).reshape(-1, 3))

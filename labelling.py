@@ -289,9 +289,7 @@ class Labeller:
         evidence = evidence.half() if self.tracking else evidence
         edges = objectness[0] if objectness else None
         shown = on_device if view.finer else picture
-        details = look_again(
-            self.look, shown, frames, objects, evidence, edges, view, self.tracking
-        )
+        details = look_again(self.look, shown, objects, evidence, edges, view, self.tracking)
         return Seen(objects, evidence, ground, details)
 
 

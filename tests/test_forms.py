@@ -257,38 +257,20 @@ def test_a_border_moves_to_where_evidence_changes():
     where = torch.nonzero(objects.flatten())[:, 0]
     second = torch.zeros(len(where), 13)
     second[:, 0] = torch.where(where % 20 >= 9, 8.0, -8.0)
-    grey = torch.full((len(where), 3), 100.0)
-    known = details.Details(None, where, 3 * second, grey)
+    known = details.Details(None, where, 3 * second)
     found = sharpen(kinds.clone(), kinds, objects, first, known)
     assert found[0, 5].tolist() == [0] * 2 + [5] * 7 + [7] * 9 + [0] * 2
-    nothing = details.Details(None, where[:0], second[:0], grey[:0])
+    nothing = details.Details(None, where[:0], second[:0])
     assert torch.equal(sharpen(kinds.clone(), kinds, objects, first, nothing), kinds)
 
-    # Of two objects that a pixel is as far from, the likelier one has it.
-    near, looks = np.array([True, True]), np.zeros((2, 1), np.float32)
-    pair, labels = np.array([[5, 5], [7, 7]]), np.array([5, 7], np.uint8)
-    chosen = choose(np.array([-1.0, 1.0]), looks, np.zeros(2, int), labels, near, pair)
-    assert chosen.tolist() == [7, 5]
 
-    # Where both looks say nothing new, the picture's colours do.
-    seen = grey.clone()
-    seen[where % 20 >= 9] = 20.0
-    nothing_new = first[:1].expand(len(where), -1)
-    known = details.Details(None, where, nothing_new, seen)
-    found = sharpen(kinds.clone(), kinds, objects, 0 * first, known)
-    assert found[0, 5].tolist() == [0] * 2 + [5] * 7 + [7] * 9 + [0] * 2
-
-
-def test_colours_are_those_half_a_pixel_down_and_right():
-    frames = torch.arange(2 * 3 * 4 * 6, dtype=torch.uint8).view(2, 3, 4, 6)
-    where = torch.tensor([0, 9, 24 + 23])
-    found = details.colours_at(frames, where, (2, 4, 6))
-    around = frames.double()
-    assert found[0].tolist() == around[0, :, :2, :2].mean((1, 2)).tolist()
-    assert found[1].tolist() == around[0, :, 1:3, 3:5].mean((1, 2)).tolist()
-    assert found[2].tolist() == around[1, :, 3, 5].tolist(), "the last of the frame"
-    halved = details.colours_at(frames, torch.tensor([0]), (2, 2, 3))
-    assert halved[0].tolist() == around[0, :, 1:3, 1:3].mean((1, 2)).tolist()
+def test_a_pixel_goes_to_the_object_that_it_is_like():
+    """The means in frame 0 are 0, 5.5 and 0; a third object stays, and one beside an unknown."""
+    looks = np.array([[0], [10], [1], [0], [3]], np.float32)
+    labels = np.array([5, 7, 7, 9, 5], np.uint8)
+    pair = np.array([[5, 5, 5, 5, 5], [7, 7, 7, 7, 6]], np.uint8)
+    chosen = choose(looks, np.array([0, 0, 0, 0, 1]), labels, np.ones(5, bool), pair)
+    assert chosen.tolist() == [5, 7, 5, 9, 5]
 
 
 def test_holes_are_those_that_a_flood_from_the_edge_does_not_reach():
