@@ -4,7 +4,6 @@ import contextlib
 import copy
 import ctypes
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -175,7 +174,7 @@ def in_threads(
 def why_alone() -> str:
     """Return why this process can have no others beside it that share its memory; "": it can."""
     try:
-        [multiprocessing.get_context().Lock() for _ in range(8)]  # as many as a pool takes
+        [get_context().Lock() for _ in range(8)]  # as many as a pool takes
     except OSError as error:  # as in containers without /dev/shm, or where it is read-only
         return f"/dev/shm: {error.strerror}"
     return ""

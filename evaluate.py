@@ -98,12 +98,11 @@ def score(pred: Path, data: Path, proposals: Path | None = None, every: int = 1)
     """
     tally, missing, skipped, videos = Tally(), [], 0, find_videos(data, every)
     if proposals:
-        check_names(video for video in videos if has_proposals(video, proposals))
+        videos = [video for video in videos if has_proposals(video, proposals)]
+        check_names(videos)
     for video in videos:
         name = video.target  # "." if `data` is itself a video
         try:
-            if proposals and not has_proposals(video, proposals):
-                continue
             if proposals:
                 numbers = video.numbers or range(0, every * video.count(), every)
                 truth = read_masks(video, proposals, numbers)

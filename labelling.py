@@ -154,8 +154,8 @@ class Labeller:
     def survey(self, frames: Iterable[Frame]) -> tuple[Box, View]:
         """Return where the picture is in the frames of a video, and how it is best looked at.
 
-        Of several views that is the one in which the network is surest, by up to SURVEYED frames
-        that show something, spread over the video.
+        Of two views that is the one in which the network is surer, by up to SURVEYED frames that
+        show something, spread over the video; less WIDER, since squeezed ones are drawn wider.
         """
         bars, chosen, step, count = Bars(), [], 1, 0
         for frame in frames:
@@ -172,8 +172,9 @@ class Labeller:
         if len(views) == 1 or not chosen:
             return bars.box, views[0]
         pictures = bars.box.cut(torch.stack(chosen)).to(self.device)
-        squeezed, cut = (sureness(self.look(resize(pictures, view.size))) for view in views)
-        return bars.box, views[cut > squeezed - WIDER]
+        squeezed, cut = views
+        surer = [sureness(self.look(resize(pictures, view.size))) for view in (squeezed, cut)]
+        return bars.box, cut if surer[1] > surer[0] - WIDER else squeezed
 
     def at_once(self, view: View) -> int:
         """Return how many frames the network looks at together."""

@@ -72,7 +72,8 @@ class Scale(NamedTuple):
     def views(self, height: int, width: int) -> list[View]:
         """Return how the network may look at pictures of this size: in one way, or two of squares.
 
-        A square is a frame of the learned form that was squeezed, or what was cut out of one.
+        A square is a frame of the learned form that was squeezed, the first way, or what was cut
+        out of one, the second.
 
         Raises:
             UserError: there is no memory for it.
