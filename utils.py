@@ -205,6 +205,8 @@ def seed_everything(seed: int, deterministic: bool = True) -> None:
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Else fresh memory is filled with NaN, for operations that leave some of it unwritten: none do.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def log_header(device: torch.device) -> str:

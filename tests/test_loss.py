@@ -10,6 +10,7 @@ from loss import (
     BORDER_WEIGHT,
     COARSE_WEIGHT,
     OBJECTNESS_WEIGHT,
+    PIXELS,
     frame_losses,
     loss,
     middle_ids,
@@ -19,8 +20,10 @@ from loss import (
 SIZES = [(64, 96), (37, 53), (16, 16), (20, 3)]
 
 
-def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
-    """The definition, pixel by pixel."""
+def plain_loss(
+    answers: list[tuple[Tensor, Tensor]], mask: Tensor, taught: Tensor | None = None
+) -> Tensor:
+    """The definition, pixel by pixel; the finest attributes learn where `taught` is not 0."""
     total = torch.zeros(())
     for i, (objectness, attributes) in enumerate(answers):
         finest = i == len(answers) - 1
@@ -32,7 +35,7 @@ def plain_loss(answers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
             if finest:
                 attributes = F.interpolate(attributes, scale_factor=2, mode="bilinear")
                 attributes = attributes[..., : ids.shape[1], : ids.shape[2]]
-                weight = border_weight(ids)
+                weight = border_weight(ids) * (1 if taught is None else taught)
             logits = attributes.movedim(1, -1)[inside].split(FACTOR_SIZES, dim=1)
             weight = weight[inside]
             for answer, truth in zip(logits, factors(ids[inside].long()), strict=True):
@@ -61,14 +64,16 @@ def border_weight(ids: Tensor) -> Tensor:
     return weight
 
 
-def answers(size: tuple[int, int], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+def answers(
+    size: tuple[int, int], scale: float = 1.0, frames: int = 3
+) -> list[tuple[Tensor, Tensor]]:
     """Two coarse stages and a fine one, whose attributes are of cells of 2 x 2 pixels."""
     cells = [(-(-size[0] // w), -(-size[1] // w)) for w in (8, 4, 2)]
     sizes = [*cells[:2], size]
     return [
         (
-            (scale * torch.randn(3, 1, *objectness)).requires_grad_(),
-            (scale * torch.randn(3, 13, *cell)).requires_grad_(),
+            (scale * torch.randn(frames, 1, *objectness)).requires_grad_(),
+            (scale * torch.randn(frames, 13, *cell)).requires_grad_(),
         )
         for objectness, cell in zip(sizes, cells, strict=True)
     ]
@@ -83,13 +88,25 @@ def masks(size: tuple[int, int]) -> Tensor:
     return mask
 
 
+def quarters(mask: Tensor) -> Tensor:
+    """1 at the pixels (B, H, W) at which a batch of four frames or more learns what objects are."""
+    taught = torch.zeros(mask.shape)
+    for frames, (row, column) in zip(taught.tensor_split(4), PIXELS, strict=True):
+        frames[:, row::2, column::2] = 1
+    return taught
+
+
+@pytest.mark.parametrize("frames", [3, 6])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("size", SIZES)
-def test_it_is_the_plain_one_and_so_are_its_gradients(size, scale):
+def test_it_is_the_plain_one_and_so_are_its_gradients(size, scale, frames):
+    """Six frames learn from a quarter of the pixels each, three from all."""
     torch.manual_seed(0)
-    found_by, mask = answers(size, scale), masks(size)
+    found_by, mask = answers(size, scale, frames), masks(size)
+    mask = torch.cat((mask, mask.flip(1)))[:frames]
     leaves = [part for stage in found_by for part in stage]
-    found, expected = loss(found_by, mask, one_hot_factors()), plain_loss(found_by, mask)
+    found = loss(found_by, mask, one_hot_factors())
+    expected = plain_loss(found_by, mask, quarters(mask) if frames > 3 else None)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(
         torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
