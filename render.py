@@ -3,6 +3,7 @@
     python render.py --out data/two --videos 2                   # a smoke run: seconds
     python render.py --out data/rendered --videos 60 --seed 1    # killed? the same command goes on
     python render.py --out data/crowded --videos 60 --objects 10 20
+    python render.py --out data/sparse --videos 60 --frames 3 --every 5  # frames 0, 5 and 10
 
 Each video is a folder `video_K` with `image_0.png` .. `image_21.png` and `mask.npy`, the layout
 that dataset.py reads. Its bytes depend on K and the settings beside it in `render.json` alone, not
@@ -44,9 +45,10 @@ from utils import UserError, at_least, counted, make_parser, run_script
 RENDERER = 4  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, (HEIGHT, WIDTH) = 22, FRAME_SIZE  # of the videos that others have
 SETTINGS = "render.json"  # beside the videos: what made them
-# Where no data is given: short videos, since a network learns more from other objects than from
-# the same ones a moment later.
-DEMO_DATA, DEMO_VIDEOS, DEMO_FRAMES, DEMO_OBJECTS = Path("data/demo"), 280, 11, (4, 10)
+# Where no data is given: few frames of each video to learn from, since a network learns more from
+# other objects than from the same ones a moment later.
+DEMO_DATA, DEMO_OBJECTS = Path("data/demo"), (4, 10)
+DEMO_PARTS = {"val": (28, 11, 1), "train": (840, 3, 5)}  # videos, frames of each, every
 KILLED = (
     "a process that renders was killed, perhaps for lack of memory: the same command goes on; "
     "if it happens again, give render.py fewer --workers"
@@ -63,8 +65,9 @@ def render_video(
     device: str = "cpu",
     height: int = HEIGHT,
     width: int = WIDTH,
+    every: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Render one video of objects[0] to objects[1] objects.
+    """Render one video of objects[0] to objects[1] objects, every so many-th frame of it.
 
     Returns frames uint8 (num_frames, 3, height, width) and masks uint8 (num_frames, height, width)
     of class ids. Raises ValueError for a height or width that is no multiple of 4.
@@ -72,13 +75,13 @@ def render_video(
     if height % CELL or width % CELL:
         raise ValueError(f"height {height} and width {width} must be multiples of {CELL} pixels")
     rng = np.random.default_rng(seed)
-    scene = make_scene(rng, objects, num_frames, width, device)
+    times = torch.arange(0, num_frames * every, every, device=device)
+    scene = make_scene(rng, objects, int(times[-1]) + 1, width, device)
     random = Generator(device).manual_seed(int(rng.integers(2**62)))
     points = lamp_points(scene, height * width, random)
     chunk = 4 if torch.device(device).type == "cpu" else num_frames  # a processor's cache is small
     parts = [
-        render_frames(scene, frames, height, width, points, random)
-        for frames in torch.arange(num_frames, device=device).split(chunk)
+        render_frames(scene, frames, height, width, points, random) for frames in times.split(chunk)
     ]
     pictures, masks = (torch.cat(part) for part in zip(*parts, strict=True))
     return develop(pictures, rng, random), masks
@@ -91,10 +94,11 @@ def write_video(
     objects: tuple[int, int],
     device: str,
     num_frames: int = NUM_FRAMES,
+    every: int = 1,
 ) -> None:
     """Render into out/video_<number>, a folder that appears whole or not at all."""
     torch.set_num_threads(1)  # the bytes must not depend on it, and workers use all cores
-    frames, masks = render_video([seed, number], objects, num_frames, device)
+    frames, masks = render_video([seed, number], objects, num_frames, device, every=every)
     video = out / f"video_{number}"
     partial = out / f".video_{number}.{secrets.token_hex(4)}.partial"
     try:
@@ -199,7 +203,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds videos but no {SETTINGS} that says what made them: {REMEDY}"
             )
         write_json(out / SETTINGS, settings)
-    made_with = read_settings(out)
+    made_with = {"every": 1} | read_settings(out)  # which older versions do not write
     if made_with != settings:
         changes = [
             f"{key} {_spell(made_with.get(key))}, not {_spell(settings.get(key))}"
@@ -231,6 +235,7 @@ def render_dataset(
     progress: bool = True,
     start: int = 0,
     num_frames: int = NUM_FRAMES,
+    every: int = 1,
 ) -> None:
     """Render videos start .. start + num_videos - 1 into `out`, leaving those that are there.
 
@@ -244,6 +249,7 @@ def render_dataset(
         "seed": seed,
         "objects": list(objects),
         "frames": num_frames,
+        "every": every,
         "height": HEIGHT,
         "width": WIDTH,
         "device": torch.device(device).type,
@@ -251,7 +257,7 @@ def render_dataset(
     claim(out, settings)
     sweep(out)
     todo = [k for k in range(start, start + num_videos) if not (out / f"video_{k}").exists()]
-    jobs = [(out, k, seed, objects, device, num_frames) for k in todo]
+    jobs = [(out, k, seed, objects, device, num_frames, every) for k in todo]
     workers = min(workers or default_workers(), len(todo))
     disable = None if progress else True  # None: where stderr is no terminal, such as a log file
     bar = tqdm(total=num_videos, initial=num_videos - len(todo), unit="video", disable=disable)
@@ -268,8 +274,19 @@ def render_dataset(
 
 
 def render_demo() -> None:
-    """Render what is missing of the videos that train.py and benchmark.py use by default."""
-    render_dataset(DEMO_DATA, DEMO_VIDEOS, objects=DEMO_OBJECTS, num_frames=DEMO_FRAMES)
+    """Render what is missing of the videos that train.py and benchmark.py use by default.
+
+    Raises:
+        UserError: there are other videos, from which nobody would learn.
+    """
+    if any(DEMO_DATA.glob("video_*")):
+        raise UserError(
+            f"{DEMO_DATA} holds videos beside {' and '.join(DEMO_PARTS)}, where the rendered ones "
+            f"go: {REMEDY}"
+        )
+    for seed, (part, (videos, frames, every)) in enumerate(DEMO_PARTS.items()):
+        folder = DEMO_DATA / part
+        render_dataset(folder, videos, seed, DEMO_OBJECTS, num_frames=frames, every=every)
 
 
 def parse_args() -> argparse.Namespace:
@@ -285,6 +302,12 @@ def parse_args() -> argparse.Namespace:
         type=at_least(1),
         default=NUM_FRAMES,
         help=f"of each video, {WIDTH} x {HEIGHT} pixels each (default: %(default)s)",
+    )
+    add(
+        "--every",
+        type=at_least(1),
+        default=1,
+        help="of what happens, render each so many-th frame (default: all)",
     )
     add(
         "--objects",
@@ -317,6 +340,7 @@ def main() -> None:
         args.device,
         start=args.start,
         num_frames=args.frames,
+        every=args.every,
     )
     print(f"{counted(args.videos, 'video')} -> {args.out}")
 

@@ -199,6 +199,7 @@ def test_the_folder_says_what_made_its_videos(rendered):
         "seed": 5,
         "objects": [1, 2],
         "frames": 22,
+        "every": 1,
         "height": 160,
         "width": 240,
         "device": "cpu",
@@ -273,13 +274,15 @@ def test_record_of_other_facts_is_one_sentence(text, started):
 
 
 def test_train_does_not_fill_up_a_demo_of_other_settings(started, tmp_path, monkeypatch, call):
-    """What `python train.py` said to someone who had rendered two videos into data/demo."""
+    """What `python train.py` says to someone who has rendered a video into data/demo."""
+    (started / "video_0").mkdir()
     before = held(started)
     monkeypatch.chdir(tmp_path)
     status, _, error = call(train)
     assert status == 2
     assert len(error.strip().splitlines()) == 1
-    assert "data/demo is for videos rendered with other settings (objects" in error
+    assert "data/demo holds videos beside val and train" in error
+    assert "rename that folder" in error
     assert held(started) == before
 
 
@@ -496,6 +499,25 @@ def test_unwritable_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert str(tmp_path / "file") in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_every_third_frame_is_that_of_the_whole_video(video):
+    """Where and what things are; the noise of a frame depends on those before it."""
+    frames, masks = render.render_video(3, (8, 8), num_frames=2, every=3)
+    assert torch.equal(masks[0], video[1][0])
+    assert (masks[1] == video[1][3]).float().mean() > 0.999
+    assert (frames[1].int() - video[0][3].int()).abs().float().mean() < 3
+    assert (masks[1] != masks[0]).any()
+
+
+def test_a_folder_without_every_has_taken_every_frame(started):
+    """Such as older versions have written."""
+    settings = json.loads((started / "render.json").read_bytes())
+    del settings["every"]
+    (started / "render.json").write_text(json.dumps(settings))
+    render.render_dataset(started, 0, progress=False)
+    with pytest.raises(UserError, match=r"\(every 1, not 5\): rename that folder"):
+        render.render_dataset(started, 0, progress=False, every=5)
 
 
 def test_a_video_has_the_frames_that_are_asked_for(tmp_path, call):
