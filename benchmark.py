@@ -285,7 +285,7 @@ def main() -> int:
     if args.minutes or set(args.only) - {"networks"}:
         if args.data == DEMO_DATA:
             render_demo()
-        videos = find_videos(args.data)[:20]
+        videos = find_videos(args.data)[-20:]  # of the rendered ones those of more frames
     network = UNet.load(args.ckpt) if args.ckpt else NETWORKS["ours"]()
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "networks": lambda: measure_networks(names, batch_size, args.repeats, device),
