@@ -96,6 +96,7 @@ class Head(nn.Conv2d):
         sizes = (self.pixels, NUM_ATTRIBUTES)
         parts = zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
         objectness, attributes = (F.conv2d(x, weight, bias) for weight, bias in parts)
+        objectness = objectness.contiguous()  # as what is added and shuffled below is fastest
         if coarse:
             objectness = objectness.add_(_double(coarse.objectness))
             attributes = attributes.add_(_double(coarse.attributes))
@@ -199,7 +200,7 @@ class UNet(nn.Module):
         skips = []
         for stage in self.encoder[1:]:
             skips.append(x)
-            x = stage(F.max_pool2d(x, 2))  # 48 channels at H/4, 96 at H/8, 160 at H/16
+            x = stage(_halve(x))  # 48 channels at H/4, 96 at H/8, 160 at H/16
         answers: list[Answer] = []
         answer, cell = None, self.multiple  # pixels that a cell is wide
         for up, layer, head in zip(self.up, self.decoder, self.heads, strict=True):
@@ -316,6 +317,15 @@ def _local_mean(grey: Tensor) -> Tensor:
 
         cells = window_sum(cells) / window_sum(torch.ones_like(cells[:1]))
     return cells
+
+
+def _halve(x: Tensor) -> Tensor:
+    """Return the largest of each 2 x 2 cells."""
+    if x.requires_grad or x.device.type != "cpu":
+        return F.max_pool2d(x, 2)
+    # A third of the time of max pooling on a CPU, but with slow gradients.
+    x = torch.maximum(x[..., ::2], x[..., 1::2])
+    return torch.maximum(x[..., ::2, :], x[..., 1::2, :])
 
 
 def _double(logits: Tensor) -> Tensor:
