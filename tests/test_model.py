@@ -209,7 +209,8 @@ def test_loss_by_hand():
     logits[0, 5, 0, 0] = np.log(4)  # p(rubber) = 4 / 5
     logits[0, 6, 0, 0] = np.log(9)  # p(brown) = 1 / 16, gray being 9 times as likely
     expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
-    loss = network().loss([Answer(logits[:, :1], logits[:, 1:])], mask)
+    cell = logits[:, 1:, :, :1]  # one of 2 x 2 pixels, most of which lie beyond this frame
+    loss = network().loss([Answer(logits[:, :1], cell)], mask)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -228,10 +229,10 @@ def test_what_cells_say_is_interpolated_at_the_pixels():
 def test_pixels_where_two_objects_meet_weigh_four_times_as_much():
     a, b = class_id("sphere", "rubber", "brown"), class_id("cube", "metal", "red")
     mask = torch.tensor([[[a, a, a, a, b, b, b, b]]])
-    attributes = 50 * one_hot_factors()[mask].movedim(-1, 1)
-    attributes[..., 2:6] = 0  # nothing is known up to two pixels from the border
+    attributes = 500 * one_hot_factors()[mask[..., ::2]].movedim(-1, 1)  # of cells
+    attributes[..., 1:3] = 0  # nothing is known at the two pixels beside the border
     loss = network().loss([Answer(torch.full((1, 1, 1, 8), 50.0), attributes)], mask)
-    assert loss.item() == pytest.approx(4 * 4 / (4 * 4 + 4) * np.log(48), rel=1e-6)
+    assert loss.item() == pytest.approx(2 * 4 / (4 * 4 + 4) * np.log(48), rel=1e-6)
 
 
 def test_loss_of_a_frame_without_objects_is_finite():
