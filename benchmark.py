@@ -283,9 +283,11 @@ def main() -> int:
     names = installed(args.networks)
     videos: list[Video] = []
     if args.minutes or set(args.only) - {"networks"}:
-        if args.data == DEMO_DATA:
+        folder = args.data
+        if folder == DEMO_DATA:
             render_demo()
-        videos = find_videos(args.data)[-20:]  # of the rendered ones those of more frames
+            folder = folder / "val"  # whose videos have more frames
+        videos = find_videos(folder)[:20]
     network = UNet.load(args.ckpt) if args.ckpt else NETWORKS["ours"]()
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "networks": lambda: measure_networks(names, batch_size, args.repeats, device),

@@ -3,9 +3,9 @@
 Is it an object: binary cross entropy over all pixels. Which shape, material and colour: a cross
 entropy each over object pixels alone, so that the 95 % of background do not drown what the objects
 are. Coarse stages learn from the pixel at the middle of each cell. The finest has attributes for
-cells of 2 x 2 pixels: they are interpolated at the pixels, much as `borders.sharpen` does it. The
-four pixels of a cell teach nearly the same, so a batch looks at one of them, another one in each
-quarter of its frames.
+cells of 2 x 2 pixels: they are interpolated at the pixels, much as `borders.sharpen` does it. In
+training each quarter of a batch does so at another one of the four pixels, which takes a quarter of
+the time; validation looks at all.
 Pixels near a border between two objects weigh more, after the weight map of the first UNet
 (Ronneberger et al. 2015, arXiv:1505.04597), which weighs the gaps between objects.
 
@@ -34,27 +34,27 @@ Answers = Sequence[tuple[Tensor, Tensor]]  # model.Answer, coarsest first
 def loss(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss (a scalar) of what `answers` says of frames.
 
-    Of several processes each divides by the weights of the object pixels of its own frames.
+    The finest attributes learn at one pixel of each cell, another one in each quarter of the
+    frames; at all four in a batch of fewer frames. Of several processes each divides by the
+    weights of the object pixels of its own frames.
 
     Args:
         answers: The logits (B, 1, h, w) of objectness and (B, 13, h, w) of attributes; of
-            the last (B, 1, H, W) and (B, 13, H/2, W/2), rounded up. Of these each quarter of the
-            frames teaches at another of four pixels; fewer than four frames teach at all.
+            the last (B, 1, H, W) and (B, 13, H/2, W/2), rounded up.
         mask: Ids (B, H, W), any integer type.
         one_hot: `one_hot_factors()` on the same device.
     """
-    if len(mask) < len(PIXELS):
-        objectness, attributes, weights = _sums_of_all(answers, mask, one_hot)
-    else:
-        objectness, attributes, weights = _sums(answers, mask, one_hot, PIXELS)
+    sampled = len(mask) >= len(PIXELS)
+    attributes, weights = (_attributes if sampled else _all_attributes)(answers, mask, one_hot)
     attributes = attributes.sum(dim=1) / weights.sum(dim=1).clamp(min=1)  # 0 without objects
-    each = OBJECTNESS_WEIGHT * objectness.mean(dim=1) + attributes  # (answers,)
+    each = OBJECTNESS_WEIGHT * _objectness(answers, mask).mean(dim=1) + attributes  # (answers,)
     return COARSE_WEIGHT * each[:-1].sum() + each[-1]
 
 
 def frame_losses(answers: Answers, mask: Tensor, one_hot: Tensor) -> Tensor:
     """Return the loss of each frame by itself, at all pixels, (B,); arguments as of `loss`."""
-    objectness, attributes, weights = _sums_of_all(answers, mask, one_hot)
+    attributes, weights = _all_attributes(answers, mask, one_hot)
+    objectness = _objectness(answers, mask)
     each = OBJECTNESS_WEIGHT * objectness + attributes / weights.clamp(min=1)  # (answers, B)
     return COARSE_WEIGHT * each[:-1].sum(dim=0) + each[-1]
 
@@ -69,55 +69,72 @@ def one_hot_factors() -> Tensor:
     return table
 
 
-Sums = tuple[Tensor, Tensor, Tensor]
+def _objectness(answers: Answers, mask: Tensor) -> Tensor:
+    """Return the mean cross entropy of objectness of each answer and frame, (answers, B).
 
-
-def _sums(
-    answers: Answers, mask: Tensor, one_hot: Tensor, pixels: Sequence[tuple[int, int]]
-) -> Sums:
-    """Return what both losses are made of, for each answer and frame, (answers, B) each.
-
-    They are the mean cross entropy of objectness, the weighted sum of that of the attributes over
-    object pixels, and the sum of these weights. The cells of all answers go through in one row:
-    few, large operations. `pixels` are those of `_at_pixels`.
+    The cells of all answers go through in one row, here and below: few, large operations.
     """
-    ids = [*(middle_ids(mask, objectness) for objectness, _ in answers[:-1]), mask]
-    sizes = [part[0].numel() for part in ids]
-    inside = _in_a_row(ids, dim=1) > 0  # (B, all cells)
+    ids = [*_coarse_ids(answers, mask), mask]
     logits = _in_a_row([objectness[:, 0] for objectness, _ in answers], dim=1).float()
     # Binary cross entropy with logits.
-    objectness = F.softplus(torch.where(inside, -logits, logits))
-    objectness = torch.stack([part.mean(dim=1) for part in objectness.split(sizes, dim=1)])
+    each = F.softplus(torch.where(_in_a_row(ids, dim=1) > 0, -logits, logits))
+    return torch.stack([part.mean(dim=1) for part in _back(each, ids)])
 
-    cells = [attributes for _, attributes in answers]
-    cells[-1], ids[-1], weight = _at_pixels(cells[-1].float(), mask, pixels)
-    sizes = [part[0].numel() for part in ids]
-    ids = _in_a_row(ids, dim=1)
-    logits = _in_a_row(cells, dim=2).float().split(FACTOR_SIZES, dim=1)
-    true = F.embedding(ids.int(), one_hot).mT.split(FACTOR_SIZES, dim=1)  # none of background
-    likelihood = [F.log_softmax(x, dim=1) * y for x, y in zip(logits, true, strict=True)]
-    weight = F.pad(weight.flatten(1), (sum(sizes[:-1]), 0), value=1.0)  # 1 for coarse cells
-    weight = weight * (ids > 0)
-    attributes = -sum(part.sum(dim=1) for part in likelihood) * weight
 
-    # Back from the row to the answers.
-    attributes, weight = (
-        torch.stack([part.sum(dim=1) for part in row.split(sizes, dim=1)])
-        for row in (attributes, weight)
+def _attributes(
+    answers: Answers,
+    mask: Tensor,
+    one_hot: Tensor,
+    pixels: Sequence[tuple[int, int]] = PIXELS,
+) -> tuple[Tensor, Tensor]:
+    """Return what the loss of attributes is made of, for each answer and frame.
+
+    Args:
+        answers: As of `loss`, as are `mask` and `one_hot`.
+        mask: See there.
+        one_hot: See there.
+        pixels: As of `_at_pixels`.
+
+    Returns:
+        (answers, B) each: the weighted sum of their cross entropy over object pixels, and the sum
+        of these weights.
+    """
+    finest, ids, weight = _at_pixels(answers[-1][1].float(), mask, pixels)
+    ids = [*_coarse_ids(answers, mask), ids]
+    cells = [*(attributes for _, attributes in answers[:-1]), finest]
+    logits, row = _in_a_row(cells, dim=2).float(), _in_a_row(ids, dim=1)
+    true = F.embedding(row.int(), one_hot).mT.split(FACTOR_SIZES, dim=1)  # none of background
+    likelihood = sum(
+        (F.log_softmax(x, dim=1) * y).sum(dim=1)
+        for x, y in zip(logits.split(FACTOR_SIZES, dim=1), true, strict=True)
     )
-    return objectness, attributes, weight
+    coarse = row.shape[1] - weight[0].numel()
+    weight = F.pad(weight.flatten(1), (coarse, 0), value=1.0) * (row > 0)
+    sums = ([part.sum(dim=1) for part in _back(x, ids)] for x in (-likelihood * weight, weight))
+    attributes, weights = (torch.stack(parts) for parts in sums)
+    return attributes, weights
 
 
-def _sums_of_all(answers: Answers, mask: Tensor, one_hot: Tensor) -> Sums:
-    """Return `_sums` at all pixels; coarse cells count four times in sums and in weights."""
-    each = [_sums(answers, mask, one_hot, [pixel]) for pixel in PIXELS]
-    objectness, attributes, weights = (torch.stack(part) for part in zip(*each, strict=True))
-    return objectness.mean(dim=0), attributes.sum(dim=0), weights.sum(dim=0)
+def _all_attributes(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `_attributes` at all pixels; the ratio of the two is the same for coarse cells."""
+    each = [_attributes(answers, mask, one_hot, [pixel]) for pixel in PIXELS]
+    attributes, weights = (torch.stack(part).sum(dim=0) for part in zip(*each, strict=True))
+    return attributes, weights
+
+
+def _coarse_ids(answers: Answers, mask: Tensor) -> list[Tensor]:
+    """Return what all answers but the last learn from, (B, h, w) each."""
+    return [middle_ids(mask, objectness) for objectness, _ in answers[:-1]]
 
 
 def _in_a_row(parts: list[Tensor], dim: int) -> Tensor:
     """Return the last two dimensions (h, w) of all parts, flat and one after the other."""
     return torch.cat([part.flatten(-2) for part in parts], dim)
+
+
+def _back(row: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the pieces of a row (B, cells) that parts (B, h, w) went into, in their order."""
+    return row.split([part[0].numel() for part in parts], dim=1)
 
 
 def _at_pixels(
@@ -133,21 +150,18 @@ def _at_pixels(
     Returns:
         (B, C, h, w), interpolated; (B, h, w); (B, h, w).
     """
-    weight = _border_weight(mask)
     beyond = (0, mask.shape[2] % 2, 0, mask.shape[1] % 2)
-    whole = (cells, F.pad(mask, beyond), F.pad(weight, beyond))
+    maps = (cells, F.pad(mask, beyond), F.pad(_border_weight(mask), beyond))
+    shares = (x.tensor_split(len(pixels)) for x in maps)
     parts = [
         (
-            _towards(_towards(cells, row, dim=2), column, dim=3),
+            _towards(_towards(logits, row, dim=2), column, dim=3),
             ids[:, row::2, column::2],
             weight[:, row::2, column::2],
         )
-        for cells, ids, weight, (row, column) in zip(
-            *(x.tensor_split(len(pixels)) for x in whole), pixels, strict=True
-        )
+        for logits, ids, weight, (row, column) in zip(*shares, pixels, strict=True)
     ]
-    logits, ids, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logits, ids, weight
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def _towards(cells: Tensor, side: int, dim: int) -> Tensor:

@@ -96,7 +96,7 @@ class Head(nn.Conv2d):
         sizes = (self.pixels, NUM_ATTRIBUTES)
         parts = zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
         objectness, attributes = (F.conv2d(x, weight, bias) for weight, bias in parts)
-        objectness = objectness.contiguous()  # as what is added and shuffled below is fastest
+        objectness = objectness.contiguous()  # else a CPU takes twice as long to shuffle it below
         if coarse:
             objectness = objectness.add_(_double(coarse.objectness))
             attributes = attributes.add_(_double(coarse.attributes))
@@ -200,8 +200,7 @@ class UNet(nn.Module):
         skips = []
         for stage in self.encoder[1:]:
             skips.append(x)
-            x = F.max_pool2d(x, 2) if self.training else _halve(x)
-            x = stage(x)  # 48 channels at H/4, 96 at H/8, 160 at H/16
+            x = stage(_max_pool(x, self.training))  # 48 channels at H/4, 96 at H/8, 160 at H/16
         answers: list[Answer] = []
         answer, cell = None, self.multiple  # pixels that a cell is wide
         for up, layer, head in zip(self.up, self.decoder, self.heads, strict=True):
@@ -320,11 +319,11 @@ def _local_mean(grey: Tensor) -> Tensor:
     return cells
 
 
-def _halve(x: Tensor) -> Tensor:
-    """Return the largest of each 2 x 2 cells.
-
-    Max pooling takes a CPU three times as long; the gradients of this would take it longer.
-    """
+def _max_pool(x: Tensor, training: bool) -> Tensor:
+    """Return the largest of each 2 x 2 cells."""
+    if training or x.device.type != "cpu":
+        return F.max_pool2d(x, 2)
+    # As that, in a third of its time; its gradients would take longer than those of that.
     x = torch.maximum(x[..., ::2], x[..., 1::2])
     return torch.maximum(x[..., ::2, :], x[..., 1::2, :])
 

@@ -3,11 +3,12 @@
     python render.py --out data/two --videos 2                   # a smoke run: seconds
     python render.py --out data/rendered --videos 60 --seed 1    # killed? the same command goes on
     python render.py --out data/crowded --videos 60 --objects 10 20
-    python render.py --out data/sparse --videos 60 --frames 3 --every 5  # frames 0, 5 and 10
+    python render.py --out data/sparse --videos 60 --frames 3 --every 5  # of 11, three
 
 Each video is a folder `video_K` with `image_0.png` .. `image_21.png` and `mask.npy`, the layout
-that dataset.py reads. Its bytes depend on K and the settings beside it in `render.json` alone, not
-on the number of workers; a folder takes videos of one set of settings.
+that dataset.py reads. With `--every 5` its `image_1.png` is the sixth frame of the motion. Its
+bytes depend on K and the settings beside it in `render.json` alone, not on the number of workers; a
+folder takes videos of one set of settings.
 """
 
 import argparse
@@ -48,7 +49,7 @@ SETTINGS = "render.json"  # beside the videos: what made them
 # Where no data is given: few frames of each video to learn from, since a network learns more from
 # other objects than from the same ones a moment later.
 DEMO_DATA, DEMO_OBJECTS = Path("data/demo"), (4, 10)
-DEMO_PARTS = {"val": (28, 11, 1), "train": (840, 3, 5)}  # videos, frames of each, every
+DEMO_PARTS = {"val": (1000, 28, 11, 1), "train": (1001, 840, 3, 5)}  # seed, videos, frames, every
 KILLED = (
     "a process that renders was killed, perhaps for lack of memory: the same command goes on; "
     "if it happens again, give render.py fewer --workers"
@@ -281,10 +282,10 @@ def render_demo() -> None:
     """
     if any(DEMO_DATA.glob("video_*")):
         raise UserError(
-            f"{DEMO_DATA} holds videos beside {' and '.join(DEMO_PARTS)}, where the rendered ones "
-            f"go: {REMEDY}"
+            f"{DEMO_DATA} holds other videos, such as older versions rendered: rename that folder "
+            "(train.py --data trains on it still)"
         )
-    for seed, (part, (videos, frames, every)) in enumerate(DEMO_PARTS.items()):
+    for part, (seed, videos, frames, every) in DEMO_PARTS.items():
         folder = DEMO_DATA / part
         render_dataset(folder, videos, seed, DEMO_OBJECTS, num_frames=frames, every=every)
 

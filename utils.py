@@ -205,7 +205,7 @@ def seed_everything(seed: int, deterministic: bool = True) -> None:
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Else fresh memory is filled with NaN, for operations that leave some of it unwritten: none do.
+    # Else fresh memory is filled with NaN, lest something is read that nothing has written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -16,7 +16,7 @@ from checkpoints import SHIPPED, save_checkpoint
 from classes import NUM_CLASSES, class_id
 from devices import compile_network
 from loss import cell_width, middle_ids, one_hot_factors
-from model import Answer, UNet
+from model import Answer, UNet, _max_pool
 from utils import UserError
 
 CONFIGS = {
@@ -131,6 +131,11 @@ def test_the_mean_around_a_cell_is_over_those_in_the_frame(size):
     torch.testing.assert_close(model_module._local_mean(F.pixel_unshuffle(grey, 2)), expected)
 
 
+def test_pooling_is_max_pooling():
+    x = torch.randn(2, 3, 6, 10).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(_max_pool(x, training=False), F.max_pool2d(x, 2))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiling_changes_nothing(monkeypatch, training):
     """With the tracer of torch.compile, but no code generator, which would take a minute."""
@@ -209,7 +214,7 @@ def test_loss_by_hand():
     logits[0, 5, 0, 0] = np.log(4)  # p(rubber) = 4 / 5
     logits[0, 6, 0, 0] = np.log(9)  # p(brown) = 1 / 16, gray being 9 times as likely
     expected = 2 * (-np.log(1 / 2) - np.log(1 / 4)) / 2 - np.log(2 / 4 * 4 / 5 * 1 / 16)
-    cell = logits[:, 1:, :, :1]  # one of 2 x 2 pixels, most of which lie beyond this frame
+    cell = logits[:, 1:, :, :1]  # one of 2 x 2 pixels, two of which lie beyond this frame
     loss = network().loss([Answer(logits[:, :1], cell)], mask)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -224,6 +229,19 @@ def test_what_cells_say_is_interpolated_at_the_pixels():
     expected = np.log((np.exp(2.0) + 2) / np.exp(2.0)) + np.log(2 * 8)
     loss = network().loss([Answer(objectness, attributes)], mask)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_four_frames_learn_what_objects_are_at_one_pixel_of_each_cell():
+    """Nothing is known of one cell; it counts in the frame whose turn its only pixel has."""
+    mask = torch.zeros(4, 2, 2, dtype=torch.int64)
+    mask[:, 1, 0] = class_id("sphere", "rubber", "brown")
+    attributes = torch.zeros(4, 13, 1, 1)
+    attributes[2] = 500 * one_hot_factors()[mask[0, 1, 0]][:, None, None]  # known, in one frame
+    objectness = torch.where(mask > 0, 50.0, -50.0)[:, None]
+    model = network()
+    assert model.loss([Answer(objectness, attributes)], mask).item() == pytest.approx(0, abs=1e-6)
+    losses = model.frame_losses([Answer(objectness, attributes)], mask)
+    assert losses.tolist() == pytest.approx([np.log(48)] * 2 + [0, np.log(48)], abs=1e-6)
 
 
 def test_pixels_where_two_objects_meet_weigh_four_times_as_much():
