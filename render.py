@@ -41,7 +41,7 @@ from devices import (
 from files import atomic_write, write_json
 from synthetic.raytrace import CELL, develop, lamp_points, render_frames
 from synthetic.scene import make_scene
-from utils import UserError, at_least, counted, make_parser, run_script
+from utils import UserError, at_least, counted, keep_freed_memory, make_parser, run_script
 
 RENDERER = 4  # raised when a seed no longer gives the same bytes
 NUM_FRAMES, (HEIGHT, WIDTH) = 22, FRAME_SIZE  # of the videos that others have
@@ -127,6 +127,7 @@ def render_share(jobs: list[tuple], sender: Connection) -> None:
     """Render videos, each by the arguments of `write_video`, in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
+    keep_freed_memory()  # a sixth of the time
     try:
         for job in jobs:
             write_video(*job)

@@ -393,8 +393,9 @@ def test_clips(tmp_path, examples, try_each):
 
     draw_changed = st.composite(lambda draw: broken.changed(draw, content))
     counts = try_each(examples, draw_changed(), check)
-    assert counts["shorter"] <= examples / 50, counts
-    assert counts["silent"] <= examples / 10, counts
+    # Of few, drawn anew in each run, some may be by chance.
+    assert counts["shorter"] <= 2 + examples / 50, counts
+    assert counts["silent"] <= 4 + examples / 10, counts
 
 
 @pytest.mark.parametrize("examples", TABLES)
