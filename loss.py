@@ -81,25 +81,13 @@ def _objectness(answers: Answers, mask: Tensor) -> Tensor:
     return torch.stack([part.mean(dim=1) for part in _back(each, ids)])
 
 
-def _attributes(
-    answers: Answers,
-    mask: Tensor,
-    one_hot: Tensor,
-    pixels: Sequence[tuple[int, int]] = PIXELS,
-) -> tuple[Tensor, Tensor]:
-    """Return what the loss of attributes is made of, for each answer and frame.
+def _attributes(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the loss of attributes is made of, for each answer and frame, (answers, B) each.
 
-    Args:
-        answers: As of `loss`, as are `mask` and `one_hot`.
-        mask: See there.
-        one_hot: See there.
-        pixels: As of `_at_pixels`.
-
-    Returns:
-        (answers, B) each: the weighted sum of their cross entropy over object pixels, and the sum
-        of these weights.
+    They are the weighted sum of their cross entropy over object pixels, and the sum of these
+    weights. Arguments as of `loss`; each quarter of the frames is looked at at one of PIXELS.
     """
-    finest, ids, weight = _at_pixels(answers[-1][1].float(), mask, pixels)
+    finest, ids, weight = _at_pixels(answers[-1][1].float(), mask)
     ids = [*_coarse_ids(answers, mask), ids]
     cells = [*(attributes for _, attributes in answers[:-1]), finest]
     logits, row = _in_a_row(cells, dim=2).float(), _in_a_row(ids, dim=1)
@@ -117,8 +105,10 @@ def _attributes(
 
 def _all_attributes(answers: Answers, mask: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
     """Return `_attributes` at all pixels; the ratio of the two is the same for coarse cells."""
-    each = [_attributes(answers, mask, one_hot, [pixel]) for pixel in PIXELS]
-    attributes, weights = (torch.stack(part).sum(dim=0) for part in zip(*each, strict=True))
+    turns = len(PIXELS)
+    answers = [[part.repeat(turns, 1, 1, 1) for part in answer] for answer in answers]
+    sums = _attributes(answers, mask.repeat(turns, 1, 1), one_hot)
+    attributes, weights = (part.unflatten(1, (turns, len(mask))).sum(dim=1) for part in sums)
     return attributes, weights
 
 
@@ -137,29 +127,28 @@ def _back(row: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     return row.split([part[0].numel() for part in parts], dim=1)
 
 
-def _at_pixels(
-    cells: Tensor, mask: Tensor, pixels: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _at_pixels(cells: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what there is at one pixel of each cell: the logits, the id and the weight.
+
+    Each quarter of the frames has another one of PIXELS.
 
     Args:
         cells: Logits (B, C, h, w) of cells of 2 x 2 pixels.
         mask: Ids (B, H, W); beyond the frame there is background.
-        pixels: Row and column of the pixel in its cell, for as many equal parts of the frames.
 
     Returns:
         (B, C, h, w), interpolated; (B, h, w); (B, h, w).
     """
     beyond = (0, mask.shape[2] % 2, 0, mask.shape[1] % 2)
     maps = (cells, F.pad(mask, beyond), F.pad(_border_weight(mask), beyond))
-    shares = (x.tensor_split(len(pixels)) for x in maps)
+    shares = (x.tensor_split(len(PIXELS)) for x in maps)
     parts = [
         (
             _towards(_towards(logits, row, dim=2), column, dim=3),
             ids[:, row::2, column::2],
             weight[:, row::2, column::2],
         )
-        for logits, ids, weight, (row, column) in zip(*shares, pixels, strict=True)
+        for logits, ids, weight, (row, column) in zip(*shares, PIXELS, strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
