@@ -45,6 +45,7 @@ from utils import UserError
 from videos import inspect_video, list_video, read_labels
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
+MANY = 100  # fewer are the same in every run, since their shares are a matter of chance
 SCRIPTS = 4  # of so many inputs, one also goes through the scripts that take longer
 # How many, in the soak (four minutes on a core) and in the suite (some seconds).
 PNGS = [pytest.param(10_000, marks=pytest.mark.soak), 60]
@@ -61,8 +62,9 @@ def for_each(examples: int, inputs: Any, check: Callable) -> Callable:
 
     def job(watch):
         counts, start = Counter(), time.monotonic()
+        number = SEED if examples >= MANY else 0
 
-        @seed(SEED)
+        @seed(number)
         @settings(
             max_examples=examples,
             deadline=None,
@@ -76,7 +78,7 @@ def for_each(examples: int, inputs: Any, check: Callable) -> Callable:
 
         with warnings.catch_warnings(action="ignore"):
             each()
-        print(f"\nseed {SEED}: {watch.count} in {time.monotonic() - start:.0f} s, {dict(counts)}")
+        print(f"\nseed {number}: {watch.count} in {time.monotonic() - start:.0f} s, {dict(counts)}")
         return counts
 
     return job
@@ -393,9 +395,8 @@ def test_clips(tmp_path, examples, try_each):
 
     draw_changed = st.composite(lambda draw: broken.changed(draw, content))
     counts = try_each(examples, draw_changed(), check)
-    # Of few, drawn anew in each run, some may be by chance.
-    assert counts["shorter"] <= 2 + examples / 50, counts
-    assert counts["silent"] <= 4 + examples / 10, counts
+    assert counts["shorter"] <= examples / 50, counts
+    assert counts["silent"] <= examples / 10, counts
 
 
 @pytest.mark.parametrize("examples", TABLES)
