@@ -60,8 +60,14 @@ GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it look
 # Near where a flat metal top shows the fill lamp, one begins in a share of the videos with one.
 SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
 # CLEVR's own stills have objects of two sizes, given relative to CLEVRER's one, a camera that is
-# moved about and harder shadows: this share of the videos is like them.
-CLEVR_LIKE, CLEVR_SIZES = 0.12, (0.87, 1.75)
+# moved about, and lamps low above the scene, one of them on the right: shadows fall to the left,
+# too, and are harder. This share of the videos is like them. Positions and energies are those of
+# its base scene, seen from its camera; the fourth lamp, the sky, gives less of the light.
+CLEVR_LIKE, CLEVR_SIZES = 0.16, (0.87, 1.75)
+CLEVR_POSITION = np.array([[2.0, 3.1, 4.3], [-6.1, 10.8, 3.0], [1.2, 12.5, 5.8], [-48, -12, 108]])
+CLEVR_STRAYS = np.array([[1.0], [1.0], [1.0], [0.0]])  # of each axis, either way
+CLEVR_POWER = np.array([[9.4], [2.8], [4.7], [1540]])
+CLEVR_SKY = 0.15, 0.65  # of that power
 STEPS = 12  # of the physics, per frame
 DRAG, RESTITUTION = 0.06, 0.8  # share of the speed lost per frame; bounce of a collision
 
@@ -217,7 +223,13 @@ def make_scene(
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
     nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
     paint = rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1))
-    lamp = tensor(LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape))
+    power, radius = LAMP_POWER * np.exp(brightness), LAMP_RADIUS
+    lamp = LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)
+    if like_clevr:
+        lamp = CLEVR_POSITION + CLEVR_STRAYS * rng.uniform(-1, 1, lamp.shape)
+        power = CLEVR_POWER * np.exp(brightness) * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
+        radius = LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
+    lamp = tensor(lamp)
     return Scene(
         centre=tensor(np.dstack([xy, z])),
         turn=tensor(np.dstack([np.cos(angle), np.sin(angle)])),
@@ -231,8 +243,8 @@ def make_scene(
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
-        lamp_radius=tensor(LAMP_RADIUS * (rng.uniform(0.2, 1.0) if like_clevr else 1.0)),
-        power=tensor(LAMP_POWER * np.exp(brightness)),
+        lamp_radius=tensor(radius),
+        power=tensor(power),
         eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + strays * rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
         focal=FOCAL_LENGTH * width * math.exp(strays * rng.normal(0, 0.02)),

@@ -214,7 +214,7 @@ def test_version_of_the_renderer_rises_with_its_bytes():
     """
     frames, masks = render.render_video(5, (6, 6), num_frames=1)
     ids, areas = masks.unique(return_counts=True)
-    assert render.RENDERER == 4
+    assert render.RENDERER == 5
     assert ids.tolist() == [0, 7, 10, 13, 45]
     assert areas.tolist() == pytest.approx([37220, 181, 388, 288, 323], abs=3)
     assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(
@@ -252,7 +252,7 @@ def test_a_folder_takes_one_set_of_settings(settings, change, started):
 
 def test_videos_of_another_renderer_are_not_mixed_in(started, monkeypatch):
     monkeypatch.setattr(render, "RENDERER", render.RENDERER + 1)
-    with pytest.raises(UserError, match=r"renderer 4, not 5.*: rename that folder"):
+    with pytest.raises(UserError, match=r"renderer 5, not 6.*: rename that folder"):
         render.render_dataset(started, 1, progress=False)
 
 

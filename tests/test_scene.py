@@ -1,6 +1,7 @@
 """Scenes: what moves, and that nothing moves through anything."""
 
 import numpy as np
+import pytest
 
 from classes import CLASS_NAMES
 from synthetic.scene import FOOTPRINT, SPOT, SPOT_SPREAD, make_scene, place, simulate
@@ -61,3 +62,18 @@ def test_in_some_videos_metal_begins_where_it_shows_a_lamp_and_in_some_sizes_dif
         assert scene.centre[0, ~is_ball, 2].equal(height[~is_ball])
     assert 0.25 < np.mean(spotted) < 0.6
     assert 0.04 < np.mean(sized) < 0.25
+
+
+def test_shadows_of_scenes_like_clevr_fall_to_the_left_too():
+    """Their first lamp is low and on the right, that of the other scenes is on the left."""
+    right = []
+    for seed in range(100):
+        scene = make_scene(np.random.default_rng(seed), (3, 9), 1, 240, "cpu")
+        if scene.lamp[0, 0] > 0:
+            right.append(scene)
+            assert scene.lamp[0, 2] < 6
+            assert scene.power[3].max() < 1540  # less light from the sky: harder shadows
+            assert scene.lamp_radius[:3].max() <= 0.8
+        else:
+            assert scene.lamp_radius[:3].tolist() == pytest.approx([0.8, 0.8, 0.8])
+    assert 5 < len(right) < 30
