@@ -48,7 +48,7 @@ from videos import (
 )
 
 OPEN_MASKS = 256  # files that stay open where there is no cache; often 1024 are allowed
-PROPOSED_EVERY = 6  # frames of CLEVRER: so the course's data set was made
+PROPOSED_EVERY = 6  # of 128 frames of a clip of CLEVRER these make a video of 22
 OF_OTHER_PROCESSES = []  # clips that a process was forked with
 BAR = {"leave": False, "disable": None, "unit": "video"}  # no progress bar in a log file
 logger = logging.getLogger(__name__)
@@ -196,6 +196,7 @@ class CLEVRDataset(Dataset):
         whole = {video: shape for video, shape in shapes.items() if shape}
         odd = odd_sizes({video: shape[2:] for video, shape in whole.items()})
         faults = self.skipped | {video.path: fault for video, fault in odd.items()}
+        # In the order of the videos; then the folders that could not be listed.
         self.skipped = {v.path: faults[v.path] for v in videos if v.path in faults} | faults
         self._cached = {video.path: (files[video], shape) for video, shape in whole.items()}
 

@@ -63,8 +63,8 @@ class Windows(NamedTuple):
         """Return what each shows of maps (N, ..., H, W).
 
         Args:
-            maps: At a scale that is so many times `coarser` than that of the windows.
-            coarser: See there.
+            maps: Of the picture, at the scale of the windows or a coarser one.
+            coarser: How many times; 1 for maps of the windows' own scale.
             more: Rows and columns of them beyond the end of a window.
         """
         rows, columns = (side // coarser + more for side in self.sides)
@@ -224,10 +224,13 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
         scale: Of the look at the windows. At 1 they begin between the cells of the first look.
         size: Height and width of the first look.
     """
-    cell, picture, aside = CELL * scale, tuple(scale * side for side in size), int(scale == 1)
+    cell, picture = CELL * scale, tuple(scale * side for side in size)
+    aside = int(scale == 1)  # pixels off the cells of the first look
     limits = [(side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]]  # cells each way
     frames, spans = [], []
     while cells.shape[1]:
+        # In each frame: the rows that a window takes in from the topmost cell on, and of the cells
+        # in them those that it takes in from the leftmost on.
         frame, row, column = cells
         starts = np.flatnonzero(np.diff(frame, prepend=-1))
         of = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(frame)))

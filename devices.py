@@ -172,7 +172,7 @@ def in_threads(
 
 
 def why_alone() -> str:
-    """Return why this process can have no others beside it that share its memory; "": it can."""
+    """Return why other processes cannot share memory with this one here; "" where they can."""
     try:
         [get_context().Lock() for _ in range(8)]  # as many as a pool takes
     except OSError as error:  # as in containers without /dev/shm, or where it is read-only

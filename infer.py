@@ -191,7 +191,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         nargs="+",
         help="folders of videos, or video files; of several each gets a folder of its own in --out "
-        "(default: what the weights were trained on)",
+        "(default: what --ckpt was trained on, which the shipped weights do not say)",
     )
     add("--objects", action="store_true", help="also write the objects that were followed")
     add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")

@@ -28,7 +28,7 @@ from content import WHOLE, Bars, Box, is_flat, may_have_bars
 from details import Details, join, look_again, split
 from devices import compile_network, mixed_precision, shared_threads, to_cpu
 from model import Answer, UNet, for_labelling
-from objects import Objects, by_frame, follow, follow_none
+from objects import Objects, by_frame, follow, follow_each
 from scale import USUAL_SCALE, Scale, View, fill, learned_size, resize
 from stills import are_stills, thumbnails
 from tracks import gather, occupied
@@ -127,9 +127,8 @@ class Labeller:
         Args:
             read: Gives the frames of the video, one after the other; is called twice where all of
                 them must be seen before, as of squares and of frames with bars.
-            pool: Threads that let the network look at `ahead` batches of them at once; None: this
-                one does.
-            ahead: See there.
+            pool: Threads that let the network look at its frames; None: this one does.
+            ahead: How many batches of its frames threads of the pool look at at once.
         """
         frames = iter(read())
         first = next(frames)
@@ -225,7 +224,7 @@ class Labeller:
         if not self.tracking:
             found = by_frame(objects, evidence)
         elif are_stills(ground, objects, evidence):
-            found = follow_none(objects, evidence, view.unit)._replace(stills=True)
+            found = follow_each(objects, evidence, view.unit)._replace(stills=True)
         else:
             found = follow(objects, evidence, view.unit)
 
@@ -252,8 +251,9 @@ class Labeller:
     def draw(
         self, drawn: Tensor, labels: Tensor, objects: Tensor, evidence: Tensor, details: Details
     ) -> None:
-        """Draw the labels (T, h, w) of what was looked at in the picture's own size: into `drawn`.
+        """Write labels in the picture's own size into `drawn` (T, H, W), uint8.
 
+        They are made of `labels` (T, h, w), at the size of the first look, and of what was seen.
         Without tracking they stay what the network says of each pixel, holes and borders too.
         """
         own = tuple(drawn.shape[1:])

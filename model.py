@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """Two such convolutions and a shortcut around them (He et al. 2015, arXiv:1512.03385)."""
+    """Two 3 x 3 convolutions and a shortcut around them (He et al. 2015, arXiv:1512.03385)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -323,7 +323,7 @@ def _max_pool(x: Tensor, training: bool) -> Tensor:
     """Return the largest of each 2 x 2 cells."""
     if training or x.device.type != "cpu":
         return F.max_pool2d(x, 2)
-    # As that, in a third of its time; its gradients would take longer than those of that.
+    # The same maximum in a third of max_pool2d's time on a CPU; its gradients would take longer.
     x = torch.maximum(x[..., ::2], x[..., 1::2])
     return torch.maximum(x[..., ::2, :], x[..., 1::2, :])
 

@@ -1,4 +1,4 @@
-"""Objects followed through a video: each is one class, and no class is in two places at once.
+"""Objects followed through a video: each is one class through all of it.
 
 `follow` takes what the network sees in all frames of a video and returns their labels. In order:
 
@@ -8,10 +8,10 @@
    together: those seen at one time differ, unless they fit into one object, or both are surely of
    one class; the fewer the better.
 
-As no two objects of a video share a class, tracks of one class are one object, which so keeps its
-number where it is hidden for a while. `by_frame` labels each frame by itself instead.
+Tracks of one class are one object, which so keeps its number where it is hidden for a while; two
+whole objects that are surely of one class share it. `by_frame` labels each frame by itself instead.
 
-Lengths and areas are in pixels of frames of FRAME_SIZE, and scale.
+Lengths and areas are in pixels of frames of FRAME_SIZE; `unit` scales them for others.
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,7 @@ def follow(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
     Returns:
         The labels; background where there is no object, and where a track never shows more than
         DROP_PIXELS pixels and is seen whole, or fits no other object of the video and has no
-        likely class of its own: on rendered videos 0.02 % of the object pixels, nearly all of
-        objects of which only a sliver is ever seen; on the real ones that we have, none.
+        likely class of its own: nearly all are objects of which only a sliver is ever seen.
     """
     labels = np.zeros(tuple(objects.shape), np.uint8)
     if not len(evidence):
@@ -77,7 +76,7 @@ def follow(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
     return Objects(torch.from_numpy(labels), confidence)
 
 
-def follow_none(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
+def follow_each(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects:
     """Label pictures that are of different scenes, each as `follow` does a video of one frame.
 
     The confidence in a class is the least that any picture has in it.
@@ -87,8 +86,8 @@ def follow_none(objects: Tensor, evidence: Tensor, unit: float = 1.0) -> Objects
     for t, part in enumerate(evidence.split(counts)):
         found = follow(objects[t : t + 1], part, unit)
         labels[t] = found.labels[0]
-        for kind, sure in found.confidence.items():
-            confidence[kind] = min(sure, confidence.get(kind, 1.0))
+        for class_id, sure in found.confidence.items():
+            confidence[class_id] = min(sure, confidence.get(class_id, 1.0))
     return Objects(labels, confidence)
 
 

@@ -79,8 +79,8 @@ class MuonAdamW:
     has none: there it takes longer than the network.
 
     A GPU would take longer to start so many small operations than to do them: there all matrices
-    are orthogonalised in one stack, on a CPU those with as many rows, and what else there is to
-    do is done to all weights in one call.
+    are orthogonalised in one stack, on a CPU those with as many rows, and momentum and decay are
+    applied to all weights in one call.
 
     Args:
         model: What is trained.

@@ -77,18 +77,29 @@ def table(objects: Objects) -> list[Row]:
 
     numbers = objects.numbers or range(len(labels))
     seconds = objects.seconds or [None] * len(labels)
-    number = {kind: i for i, kind in enumerate(dict.fromkeys(ids.tolist()), 1)}
+    number = {class_id: i for i, class_id in enumerate(dict.fromkeys(ids.tolist()), 1)}
     rows = []
-    for frame, kind, *measures, count in zip(
-        *(c.tolist() for c in (*columns, pixels)), strict=True
+    for frame, class_id, x, y, left, top, right, bottom, count in zip(
+        *(column.tolist() for column in (*columns, pixels)), strict=True
     ):
-        x, y, left, top, right, bottom = measures
-        edge = int(left == 0 or top == 0 or right == width - 1 or bottom == height - 1)
-        what = (frame, number[kind], kind, CLASS_NAMES[kind])
-        where = (round(x, 2), round(y, 2), left, top, right, bottom, count, edge)
-        when = "" if seconds[frame] is None else round(seconds[frame], 3)
-        confidence = round(objects.confidence.get(kind, 0.0), 4)
-        rows.append(Row(*what, *where, confidence, numbers[frame], when))
+        row = Row(
+            frame=frame,
+            object=number[class_id],
+            class_id=class_id,
+            name=CLASS_NAMES[class_id],
+            x=round(x, 2),
+            y=round(y, 2),
+            left=left,
+            top=top,
+            right=right,
+            bottom=bottom,
+            pixels=count,
+            at_edge=int(left == 0 or top == 0 or right == width - 1 or bottom == height - 1),
+            confidence=round(objects.confidence.get(class_id, 0.0), 4),
+            number=numbers[frame],
+            seconds="" if seconds[frame] is None else round(seconds[frame], 3),
+        )
+        rows.append(row)
     return sorted(rows)
 
 

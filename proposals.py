@@ -181,7 +181,7 @@ def _paint(
 def load_proposed(video: Video, folder: Path) -> np.ndarray:
     """Return the frames of a video with its proposals as labels, uint8 (T, 4, H, W), to learn from.
 
-    They are brought to the form of the course's data set: FRAME_SIZE, frames and masks by area.
+    They are brought to FRAME_SIZE, frames and masks by area.
 
     Raises:
         UserError: a frame or its proposals cannot be read.

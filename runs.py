@@ -51,7 +51,7 @@ class Run:
     best: float = -1.0  # weighted IoU
     facts: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint says
     loss: MeanLoss = field(default_factory=MeanLoss)
-    since: tuple[float, int] = (0.0, 0)  # when this process began, in seconds, and at which step
+    since: tuple[float, int] = (0.0, 0)  # when it began to train, in seconds, and at which step
     replaces: set[Path] = field(default_factory=set)  # files of a former run in its folder
 
     @classmethod

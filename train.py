@@ -11,9 +11,9 @@ Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goe
 several times, so that three are enough to learn their look.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
-TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0: where
-training does not help, they are the best. SIGTERM and Ctrl-C stop it after the current step, with
-all of its state saved.
+TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0, if they
+learned frames of this size: where training does not help, they are the best. SIGTERM and Ctrl-C
+stop it after the current step, with all of its state saved.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from utils import UserError, at_least, counted, log_header, make_parser, run_scr
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 L2_SP = 1300  # strength of MuonAdamW's L2-SP, times the training frames
-BN_STEPS = 10  # batches that gather the batch statistics of the average, or a tenth of the epoch
+BN_STEPS = 10  # batches, or a tenth of the epoch if more, give the average its batch statistics
 FROM_NOTHING = Path("none")  # of --init
 NOTHING_TRAINED = dict.fromkeys(("train_loss", "lr", "frames_per_s"))  # of epoch 0
 SHOWN = 3  # validation frames in TensorBoard
@@ -83,8 +83,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--init",
         type=Path,
-        help="checkpoint whose weights to start from; none: from nothing, as without --data and "
-        f"with --widths (default: {SHIPPED.parent.name}/{SHIPPED.name})",
+        help="checkpoint to start from, or none for random weights (default: "
+        f"{SHIPPED.parent.name}/{SHIPPED.name}; none without --data, or with --widths)",
     )
     add(
         "--widths",

@@ -80,7 +80,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its status, of which the README lists all.
+    """Run a script's `main` and exit with its status (README, "How it works").
 
     `UserError` and `OSError` become one sentence on stderr and exit status 2; Ctrl-C exits with
     130, a reader that has gone (`| head`) with 141, `Stopped` with its own; of several processes

@@ -30,7 +30,7 @@ from decode import MAX_PIXELS, SUFFIXES, count_frames, is_clip, must_be_file, re
 from files import file_state
 from utils import UserError
 
-FRAME_NAME = re.compile(r"image_[0-9]+\.png")  # as SEED has it
+FRAME_NAME = re.compile(r"image_[0-9]+\.png")  # the usual name
 OTHER_NAME = re.compile(r"(?:frame_|image_)?[0-9]+\.(?:png|jpe?g)", re.IGNORECASE)
 DATA_KINDS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"), "pictures"),

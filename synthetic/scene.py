@@ -35,8 +35,9 @@ SHRINK, SMALL = 0.07, 0.0267  # SMALL: 8 pixels in a frame 240 wide
 # the real videos two objects of 11 and 27 pixels are not labelled yet, one of 25 is.
 FEWEST = 20
 
-# One row per lamp: key, fill, and back lamp of CLEVR, and a wide one that stands for the sky: it
-# makes the dark core of real shadows, close to the right of what stands there.
+# One row per lamp, fitted to CLEVRER's videos: a key, a fill and a back lamp, named as in CLEVR's
+# base scene, and a wide one that stands for the sky: it makes the dark core of real shadows, close
+# to the right of what stands there.
 LAMP_POSITION = np.array(
     [[-8.2, -4.2, 10.1], [-8.0, 21.0, 5.94], [5.9, 13.0, 13.8], [-48, -12, 108]]
 )
@@ -65,7 +66,7 @@ SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
 # its base scene, seen from its camera; the fourth lamp, the sky, gives less of the light.
 CLEVR_LIKE, CLEVR_SIZES = 0.16, (0.87, 1.75)
 CLEVR_POSITION = np.array([[2.0, 3.1, 4.3], [-6.1, 10.8, 3.0], [1.2, 12.5, 5.8], [-48, -12, 108]])
-CLEVR_STRAYS = np.array([[1.0], [1.0], [1.0], [0.0]])  # of each axis, either way
+CLEVR_MOVES = np.array([[1.0], [1.0], [1.0], [0.0]])  # of each axis, either way
 CLEVR_POWER = np.array([[9.4], [2.8], [4.7], [1540]])
 CLEVR_SKY = 0.15, 0.65  # of that power
 STEPS = 12  # of the physics, per frame
@@ -193,7 +194,10 @@ def simulate(
 def make_scene(
     rng: np.random.Generator, objects: tuple[int, int], num_frames: int, width: int, device: str
 ) -> Scene:
-    """Draw a scene. It varies a little more than the real ones, which share camera and lamps."""
+    """Draw a scene like those of CLEVRER, which share camera and lamps, or one like CLEVR's stills.
+
+    Even those like CLEVRER's vary a little more than the real ones.
+    """
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
@@ -215,8 +219,8 @@ def make_scene(
     ids, size = ids[kept], size[kept]
     shape, material, colour = factors(ids)
     z = np.broadcast_to(CENTRE_HEIGHT[shape] * size, angle.shape)
-    strays = 3 if like_clevr else 1  # times as far
-    pitch, roll = CAMERA_PITCH + strays * rng.normal(0, 0.008), rng.normal(0, 0.006)
+    spread = 3 if like_clevr else 1  # of the camera
+    pitch, roll = CAMERA_PITCH + spread * rng.normal(0, 0.008), rng.normal(0, 0.006)
     up, right = np.array([0, math.sin(pitch), math.cos(pitch)]), np.array([1.0, 0, 0])
     forward = np.array([0, math.cos(pitch), -math.sin(pitch)])
     c, s = math.cos(roll), math.sin(roll)
@@ -226,7 +230,7 @@ def make_scene(
     power, radius = LAMP_POWER * np.exp(brightness), LAMP_RADIUS
     lamp = LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)
     if like_clevr:
-        lamp = CLEVR_POSITION + CLEVR_STRAYS * rng.uniform(-1, 1, lamp.shape)
+        lamp = CLEVR_POSITION + CLEVR_MOVES * rng.uniform(-1, 1, lamp.shape)
         power = CLEVR_POWER * np.exp(brightness) * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
         radius = LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
     lamp = tensor(lamp)
@@ -245,7 +249,7 @@ def make_scene(
         facing=unit(tensor(AIM) - lamp),
         lamp_radius=tensor(radius),
         power=tensor(power),
-        eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + strays * rng.normal(0, 0.12, 3)),
+        eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + spread * rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
-        focal=FOCAL_LENGTH * width * math.exp(strays * rng.normal(0, 0.02)),
+        focal=FOCAL_LENGTH * width * math.exp(spread * rng.normal(0, 0.02)),
     )
