@@ -38,7 +38,7 @@ from videos import Frame, size_text
 BATCH_SIZE = 22  # frames at once: those of a video of the usual length
 MAX_AT_ONCE = 2**24  # pixels that the network sees together: some 2 GB, and more is no faster
 MAX_ON_CPU = 2**20  # such pixels on a CPU, whose caches hold no more
-WIDER = 0.4  # logits by which the network is surer of objects that are drawn wider than they are
+WIDER = 0.3  # logits by which the network is surer of objects that are drawn wider than they are
 SURVEYED = 16  # frames of a video by which it is told what its squares were made of
 DRAWN_AT_ONCE = 2**23  # pixels of labels that are drawn together
 
