@@ -203,17 +203,20 @@ def shade(
 
 
 def lamp_points(scene: Scene, pixels: int, random: Generator) -> Tensor:
-    """Points (L, pixels, SAMPLES, 3) spread over each lamp's disc in randomly turned spirals."""
+    """Points (L, pixels, SAMPLES, 2) spread over each lamp's disc in randomly turned spirals."""
     device = scene.lamp.device
     k = torch.arange(SAMPLES, device=device)
     angle = torch.rand((len(scene.lamp), pixels, 1), generator=random, device=device) * 2 * math.pi
     angle = angle + k * math.pi * (3 - 5**0.5)  # the golden angle, as in a sunflower
-    side = unit(torch.linalg.cross(scene.facing, angle.new_tensor([[0.0, 0.0, 1.0]])))
-    top = torch.linalg.cross(side, scene.facing)
-    radius = scene.lamp_radius[:, None, None]
-    u, v = (radius * ((k + 0.5) / SAMPLES).sqrt() * f(angle) for f in (torch.cos, torch.sin))
-    side, top, lamp = (w[:, None, None] for w in (side, top, scene.lamp))
-    return lamp + u[..., None] * side + v[..., None] * top
+    radius = scene.lamp_radius[:, None, None] * ((k + 0.5) / SAMPLES).sqrt()
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+
+
+def on_lamp(scene: Scene, lamp: int, points: Tensor) -> Tensor:
+    """Where in the scene points (..., 2) of a lamp's disc are, (..., 3)."""
+    side = unit(torch.linalg.cross(scene.facing[lamp], points.new_tensor([0.0, 0.0, 1.0])))
+    top = torch.linalg.cross(side, scene.facing[lamp])
+    return scene.lamp[lamp] + points[..., :1] * side + points[..., 1:] * top
 
 
 def ground_light(
@@ -236,7 +239,7 @@ def ground_light(
         rays = Rays(origin, to, frames.repeat_interleave(len(cells)))
         block, which = near(scene, rays, slack.repeat(len(frames)))
         slot, pixel = block // len(cells), cells[block % len(cells)]  # (pairs, CELL * CELL)
-        target = points[lamp, pixel]  # (pairs, CELL * CELL, SAMPLES, 3)
+        target = on_lamp(scene, lamp, points[lamp, pixel])  # (pairs, CELL * CELL, SAMPLES, 3)
         start = ground[pixel][:, :, None].expand_as(target).reshape(-1, 3)
         frame, which = (w.repeat_interleave(CELL * CELL * SAMPLES) for w in (frames[slot], which))
         rays = Rays(start, unit(target.view(-1, 3) - start), frame)
