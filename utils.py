@@ -28,6 +28,7 @@ MOVE_FILE = "move away the file that is where a folder has to be, or give anothe
 NO_MEMORY = (  # RuntimeErrors of torch and Python that mean so
     "can't allocate memory",
     "could not create a",  # oneDNN's primitive or memory
+    "std::bad_alloc",  # of oneDNN, too
     "can't start new thread",
     "DataLoader worker (pid",  # was killed, or found /dev/shm full
 )

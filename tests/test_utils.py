@@ -27,6 +27,7 @@ from utils import Stopped, UserError, run_script
         ),
         (MemoryError(), 2, "error: memory ran out (MemoryError): give a smaller --batch-size"),
         (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), 2, "error: memory ran out"),
+        (RuntimeError("std::bad_alloc"), 2, "error: memory ran out (std::bad_alloc): give"),
         (RuntimeError("DataLoader worker (pid 9) is killed by signal"), 2, "fewer --workers"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (Stopped("stopped, all is saved", 15), 143, "stopped, all is saved\n"),
