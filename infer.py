@@ -176,7 +176,7 @@ def label(
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line: one list of options."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add(

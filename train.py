@@ -57,7 +57,7 @@ BLIND_STEPS = 100  # steps after which a warning says that the network sees no o
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line: one list of options."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")

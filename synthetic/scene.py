@@ -191,6 +191,22 @@ def simulate(
     return np.array(positions), np.array(angles), kept
 
 
+def draw_lamps(
+    rng: np.random.Generator, brightness: np.ndarray, like_clevr: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the lamps of CLEVRER's videos, or those of CLEVR's stills.
+
+    `brightness` (4, 3) is the logarithm of what each channel of each lamp has more than usual.
+    Returns positions (4, 3), powers (4, 3) and radii (4,).
+    """
+    gain, offset = np.exp(brightness), rng.normal(0, 0.35, LAMP_POSITION.shape)
+    if not like_clevr:
+        return LAMP_POSITION + offset, LAMP_POWER * gain, LAMP_RADIUS
+    position = CLEVR_POSITION + CLEVR_MOVES * rng.uniform(-1, 1, CLEVR_POSITION.shape)
+    power = CLEVR_POWER * gain * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
+    return position, power, LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
+
+
 def make_scene(
     rng: np.random.Generator, objects: tuple[int, int], num_frames: int, width: int, device: str
 ) -> Scene:
@@ -227,13 +243,7 @@ def make_scene(
     brightness = rng.normal(0, 0.07, (4, 1)) + rng.normal(0, 0.02, (4, 3))
     nominal = np.array([NOMINAL[COLOURS[c]] for c in colour]) / 255
     paint = rng.normal(0, 0.05, nominal.shape) + rng.normal(0, 0.06, (len(ids), 1))
-    power, radius = LAMP_POWER * np.exp(brightness), LAMP_RADIUS
-    lamp = LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)
-    if like_clevr:
-        lamp = CLEVR_POSITION + CLEVR_MOVES * rng.uniform(-1, 1, lamp.shape)
-        power = CLEVR_POWER * np.exp(brightness) * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
-        radius = LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
-    lamp = tensor(lamp)
+    lamp, power, radius = map(tensor, draw_lamps(rng, brightness, like_clevr))
     return Scene(
         centre=tensor(np.dstack([xy, z])),
         turn=tensor(np.dstack([np.cos(angle), np.sin(angle)])),
@@ -247,8 +257,8 @@ def make_scene(
         ids=torch.tensor(ids, dtype=torch.uint8, device=device),
         lamp=lamp,
         facing=unit(tensor(AIM) - lamp),
-        lamp_radius=tensor(radius),
-        power=tensor(power),
+        lamp_radius=radius,
+        power=power,
         eye=tensor(np.array([0, 0, CAMERA_HEIGHT]) + spread * rng.normal(0, 0.12, 3)),
         axes=tensor([right * c + up * s, up * c - right * s, forward]),
         focal=FOCAL_LENGTH * width * math.exp(spread * rng.normal(0, 0.02)),

@@ -32,19 +32,15 @@ for precision in (False, True):
         labeller = Labeller(model.UNet.load(sys.argv[1]), where)
         pretend.reset()
         labels.append(labeller.label([frames])[0].labels)
-    differ = (labels[-2] != labels[-1]).sum()
-    assert labels[-1].any() and differ <= precision * 2e-4 * (labels[-1] > 0).sum()
+    assert labels[-1].any() and torch.equal(*labels[-2:])
 kernels, waits, copies = pretend.counts()
 print(json.dumps([sum(kernels.values()), waits, copies]))
 """
 
 
 def test_a_video_on_a_pretended_gpu_waits_for_each_look_once(tmp_path):
-    """The CPU's labels, with bfloat16 all but a pixel in 5,000, in few launches.
-
-    There is no copy that blocks, and no nonzero on the device.
-    """
-    frames, _ = render_video(6, (4, 6), num_frames=8)
+    """The CPU's labels, in few launches; no copy that blocks and no nonzero on the device."""
+    frames, _ = render_video(9, (4, 6), num_frames=8)
     write_video(tmp_path / "video_0", frames)
     paths = (ROOT / "weights/clevr_unet.pt", tmp_path)
     status, printed, errors = pretend.in_new_process(PRETEND, *paths)
