@@ -31,7 +31,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     the project that wrote it, for people to read, its `digest` that of all the rest.
     """
     checkpoint = _on_cpu({**checkpoint, "format": CHECKPOINT_FORMAT, "version": VERSION})
-    checkpoint["digest"] = digest(checkpoint)
+    checkpoint["digest"] = checkpoint_digest(checkpoint)
     packed = io.BytesIO()  # where torch cannot write it raises RuntimeError, whatever the cause
     torch.save(checkpoint, packed)
     with atomic_write(path) as file:
@@ -47,7 +47,7 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def digest(checkpoint: dict[str, Any]) -> str:
+def checkpoint_digest(checkpoint: dict[str, Any]) -> str:
     """Return the SHA-256 of a dict of plain types and tensors on the CPU, but for its `digest`."""
     sha = hashlib.sha256()
 
@@ -115,7 +115,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if found != CHECKPOINT_FORMAT:
         age, cure = ("newer", "update it") if found > CHECKPOINT_FORMAT else ("older", "train anew")
         raise UserError(f"{path} was written by an {age} version of this project: {cure}")
-    true = digest(checkpoint)
+    true = checkpoint_digest(checkpoint)
     if "digest" not in checkpoint:
         logger.warning("%s has no digest of its own: whether it is undamaged is not known", path)
     elif checkpoint["digest"] != true:

@@ -182,14 +182,14 @@ def border_cells(objects: Tensor, evidence: Tensor) -> np.ndarray:
     cells, margin = occupied(objects), SURROUNDINGS
     cells = F.pad(cells, [margin] * 4).numpy()
     at = np.flatnonzero(cells)
-    kinds = np.zeros(cells.size, np.uint8)
-    kinds[at] = likeliest(evidence).numpy()
+    ids = np.zeros(cells.size, np.uint8)
+    ids[at] = likeliest(evidence).numpy()
 
     # Cells beside another kind: most borders are within one object, noise of a few cells.
-    columns, own = cells.shape[2], kinds[at]
+    columns, own = cells.shape[2], ids[at]
     beside = np.zeros(len(at), bool)
     for step in (1, columns - 1, columns, columns + 1):
-        for other in (kinds[at + step], kinds[at - step]):
+        for other in (ids[at + step], ids[at - step]):
             beside |= (other != own) & (other > 0)
     at = at[beside]
 
@@ -200,7 +200,7 @@ def border_cells(objects: Tensor, evidence: Tensor) -> np.ndarray:
 
     # Those whose surroundings hold more than noise of two kinds.
     step = np.arange(-margin, margin + 1)
-    around = kinds[at[:, None] + (step[:, None] * columns + step).reshape(-1)]
+    around = ids[at[:, None] + (step[:, None] * columns + step).reshape(-1)]
     count = np.zeros((len(at), NUM_CLASSES), np.int64)
     np.add.at(count, (np.arange(len(at))[:, None], around), 1)
     second = np.partition(count[:, 1:], -2, axis=1)[:, -2] if len(at) else count[:, 0]

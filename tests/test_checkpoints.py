@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoints import CHECKPOINT_FORMAT, digest, load_checkpoint, save_checkpoint
+from checkpoints import CHECKPOINT_FORMAT, checkpoint_digest, load_checkpoint, save_checkpoint
 from model import UNet
 from utils import VERSION, UserError
 
@@ -120,8 +120,8 @@ BASE = {"w": torch.tensor([0.0, 1.0]), "plain": [1, None, "a", 0.5]}
     ],
 )
 def test_whatever_differs_changes_the_digest(other):
-    assert digest(BASE) == digest({**BASE, "digest": "its own is left out"})
-    assert digest(other) != digest(BASE)
+    assert checkpoint_digest(BASE) == checkpoint_digest({**BASE, "digest": "its own is left out"})
+    assert checkpoint_digest(other) != checkpoint_digest(BASE)
 
 
 def test_a_checkpoint_without_a_digest_loads_and_says_so(tmp_path, caplog):

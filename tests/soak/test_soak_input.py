@@ -31,7 +31,7 @@ import evaluate
 import infer
 import preview
 import train
-from checkpoints import digest, load_checkpoint
+from checkpoints import checkpoint_digest, load_checkpoint
 from dataset import CLEVRDataset
 from decode import read_clip, read_frame
 from devices import Processes
@@ -295,7 +295,7 @@ def checkpoints(draw: Callable, good: bytes, whole: dict, code: Path) -> tuple[s
     huge = any(isinstance(v, torch.Tensor) and v.numel() > 10**8 for v in value.values())
     if draw(st.booleans()) and not huge:
         try:
-            value["digest"] = digest(value)  # right again
+            value["digest"] = checkpoint_digest(value)  # right again
         except Exception:  # of what cannot have one
             value["digest"] = "x"
     return way, broken.stored(value)
