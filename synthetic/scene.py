@@ -56,7 +56,8 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
-AT_BORDER, BEHIND = 0.07, 0.04  # shares of objects that rest cut by the picture's end, or hidden
+AT_BORDER, BEHIND = 0.12, 0.04  # shares of objects that rest cut by the picture's end, or hidden
+UNSEEN = 0.3, 0.65  # share of those at its left end that are so much farther out: a shadow is seen
 GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it looks like its shadow
 # Near where a flat metal top shows the fill lamp, one begins in a share of the videos with one.
 SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
@@ -64,7 +65,7 @@ SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
 # moved about, and lamps low above the scene, one of them on the right: shadows fall to the left,
 # too, and are harder. This share of the videos is like them. Positions and energies are those of
 # its base scene, seen from its camera; the fourth lamp, the sky, gives less of the light.
-CLEVR_LIKE, CLEVR_SIZES = 0.16, (0.87, 1.75)
+CLEVR_LIKE, CLEVR_SIZES = 0.12, (0.87, 1.75)
 CLEVR_POSITION = np.array([[2.0, 3.1, 4.3], [-6.1, 10.8, 3.0], [1.2, 12.5, 5.8], [-48, -12, 108]])
 CLEVR_MOVES = np.array([[1.0], [1.0], [1.0], [0.0]])  # of each axis, either way
 CLEVR_POWER = np.array([[9.4], [2.8], [4.7], [1540]])
@@ -116,7 +117,10 @@ def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     if fate < AT_BORDER:  # rests where the picture ends: at its sides, or at its lower edge
         outside = rng.uniform(-0.5, 0.25)  # so far out that a sliver of 0.15 is in view
         depth = math.cos(CAMERA_PITCH) * y + math.sin(CAMERA_PITCH) * (CAMERA_HEIGHT - 0.4)
-        x = rng.choice([-1, 1]) * (depth / (2 * FOCAL_LENGTH) + outside)
+        side = rng.choice([-1, 1])
+        if side < 0 and rng.random() < UNSEEN[0]:
+            outside += UNSEEN[1]
+        x = side * (depth / (2 * FOCAL_LENGTH) + outside)
         below = NEAREST - rng.uniform(-0.5, 1.1)  # a top is seen when the rest is below the edge
         at_side = rng.random() < 0.5
         return np.array([x, y] if at_side else [below * rng.uniform(-0.4, 0.4), below]), np.zeros(2)
@@ -199,9 +203,13 @@ def draw_lamps(
     `brightness` (4, 3) is the logarithm of what each channel of each lamp has more than usual.
     Returns positions (4, 3), powers (4, 3) and radii (4,).
     """
-    gain, offset = np.exp(brightness), rng.normal(0, 0.35, LAMP_POSITION.shape)
+    gain = np.exp(brightness)
     if not like_clevr:
-        return LAMP_POSITION + offset, LAMP_POWER * gain, LAMP_RADIUS
+        return (
+            LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape),
+            LAMP_POWER * gain,
+            LAMP_RADIUS,
+        )
     position = CLEVR_POSITION + CLEVR_MOVES * rng.uniform(-1, 1, CLEVR_POSITION.shape)
     power = CLEVR_POWER * gain * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
     return position, power, LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
@@ -226,10 +234,10 @@ def make_scene(
     ids = ids[: rng.integers(objects[0], objects[1] + 1)]
     shape, material, _ = factors(ids)
     flat = (material == MATERIALS.index("metal")) & (shape != SHAPES.index("sphere"))
-    at_spot = bool(flat.any()) and rng.random() < AT_SPOT
+    like_clevr = rng.random() < CLEVR_LIKE
+    at_spot = bool(flat.any()) and not like_clevr and rng.random() < AT_SPOT
     if at_spot:  # the first of them goes first
         ids = np.roll(ids, -flat.argmax())
-    like_clevr = rng.random() < CLEVR_LIKE
     size = rng.choice(CLEVR_SIZES, len(ids)) if like_clevr else np.ones(len(ids))
     xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]] * size, num_frames, at_spot)
     ids, size = ids[kept], size[kept]
