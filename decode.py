@@ -131,14 +131,14 @@ def is_clip(path: Path) -> bool:
 
 
 def count_frames(path: Path) -> int:
-    """Return how many frames a clip has: what its header says, else what can be decoded.
+    """Return how many frames a clip shows: by its header and packets, else what can be decoded.
 
     Raises:
         UserError: it cannot be read.
     """
-    with _opened(path) as (_, stream):
-        if 0 < stream.frames <= LONGER:
-            return stream.frames
+    with _opened(path) as (container, stream):
+        if 0 < stream.frames <= LONGER:  # less those that an edit list leaves out
+            return stream.frames - sum(packet.is_discard for packet in container.demux(stream))
     return sum(1 for _ in read_clip(path, every=LONGER))
 
 

@@ -120,6 +120,7 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
         shares = [int(digest(os.fsencode(video.target)), 16) % count for video in videos]
         videos = [v for v, share in zip(videos, shares, strict=True) if share == number - 1]
         print(f"share {number} of {count}: {len(videos)} of {counted(len(shares), 'video')}")
+    outputs.check_proposals(videos)
     gaps = [str(video) for video in videos if video.missing and not video.labelled]
     if gaps:
         print(
@@ -232,7 +233,12 @@ def parse_args() -> argparse.Namespace:
         type=at_least(0),
         help="processes that decode short videos (default: on a CPU 0, else up to 16)",
     )
-    add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile: a minute more to start, then faster, for frames of the size "
+        "that was learned",
+    )
     args = parser.parse_args()
     if args.no_masks and not (args.objects or args.proposals):
         parser.error("--no-masks leaves nothing to write: give --objects or --proposals")

@@ -183,14 +183,6 @@ class Outputs:
                 )
         if self.proposals:
             check_names(videos)
-            for video in videos:
-                file = self.files(video)["proposal"]
-                # A run that was killed before it wrote the record goes on with --resume.
-                if not self.resume and file.exists() and not self._wrote_proposals(video):
-                    raise UserError(
-                        f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
-                        "knows nothing of: give a folder of its own, or --resume a killed run"
-                    )
         paths = {video.path.resolve() for video in videos}
         for video in videos:
             folder = self.folder(video)
@@ -200,15 +192,36 @@ class Outputs:
                     "frames: give a folder of its own"
                 )
 
-    def _wrote_proposals(self, video: Video) -> bool:
+    def check_proposals(self, videos: Iterable[Video]) -> None:
+        """Raise UserError if proposals that others made would be written over."""
+        if not self.proposals or self.resume:  # killed before it wrote the record, a run goes on
+            return
+        for video in videos:
+            file = self.files(video)["proposal"]
+            if file.exists() and not self._record(video).get("proposal"):
+                raise UserError(
+                    f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
+                    "knows nothing of: give a folder of its own, or --resume a killed run"
+                )
+
+    def _record(self, video: Video) -> dict[str, Any]:
+        """Return the record of a video; {} where there is none that can be read."""
+        path = self.folder(video) / RECORD
         try:
-            return bool(json.loads((self.folder(video) / RECORD).read_bytes()).get("proposal"))
-        except (OSError, ValueError, AttributeError, RecursionError):
-            return False
+            record = json.loads(path.read_bytes()) if path.is_file() else {}  # a pipe would hang
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _change(self, record: dict[str, Any], state: list) -> str:
+        """Return why what a record stands for is no longer true; "" if it is."""
+        expected = {**self.origin, "frames": state}
+        return next((CHANGES[key] for key in CHANGES if record.get(key) != expected[key]), "")
 
     def has_files(self, video: Video) -> bool:
-        """Return whether something is there that would be written anew."""
-        return any(path.is_file() for path in self.files(video).values())
+        """Return whether something is there that would be written anew, or deleted."""
+        masks = (self.folder(video) / name for name in MASKS)
+        return any(path.is_file() for path in (*self.files(video).values(), *masks))
 
     def is_done(self, video: Video) -> bool:
         """Return whether the files of a video are kept; another run may have made them by now."""
@@ -236,33 +249,31 @@ class Outputs:
         folder, files = self.folder(video), self.files(video)
         if not files.get("mask", folder / RECORD).is_file():
             return "missing"
+        record = self._record(video)
         try:
-            if not (folder / RECORD).is_file():  # a pipe would be waited for
-                raise OSError
-            record = json.loads((folder / RECORD).read_bytes())
-            digests = {what: record[what] for what in ("mask", "table")}
-            digests["proposal"] = record.get("proposal")
-            expected = {**self.origin, "frames": video.state()}
-            changed = next((key for key in CHANGES if record.get(key) != expected[key]), None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            state = video.state()
+        except OSError:
+            state = None
+        if state is None or not {"mask", "table"} <= record.keys():
             return "nothing tells what made them"
-        if changed:
-            return CHANGES[changed]
+        if reason := self._change(record, state):
+            return reason
         if (folder / TABLE).is_file():  # of others, perhaps, where this run wants none
             files["table"] = folder / TABLE
         for what, path in files.items():
             if not path.is_file():
                 return f"they have no {SAID[what]}"
-            if digest(path.read_bytes()) != digests[what]:
+            if digest(path.read_bytes()) != record.get(what):
                 return f"their {SAID[what]} is not what was written with them"
         return ""
 
     def save(self, video: Video, objects: Objects, state: list) -> None:
         """Write the files of a video: the table first, then the mask, the proposal and the record.
 
-        A table, a record or a mask of a former run that is not written anew is deleted. The record
-        has the digests of what was written, not of the files, which another run into the
-        same folder may have replaced.
+        A table, a record or a mask of a former run that is not written anew is deleted, but for a
+        mask that a resumed run without masks finds whole and still true. The record has the digests
+        of what was written, not of the files, which another run into the same folder may have
+        replaced.
 
         Args:
             video: Whose files they are.
@@ -273,10 +284,12 @@ class Outputs:
             OSError: with the name of what cannot be written.
         """
         folder, files = self.folder(video), self.files(video)
-        others = [name for name in MASKS if folder / name not in files.values()]
-        for name in (RECORD, TABLE, *others):
+        digests: dict[str, str | None] = {"mask": self._kept_mask(video, state), "table": None}
+        stale = [TABLE]
+        if not digests["mask"]:
+            stale += [RECORD, *(name for name in MASKS if folder / name not in files.values())]
+        for name in stale:
             (folder / name).unlink(missing_ok=True)
-        digests: dict[str, str | None] = {"mask": None, "table": None}
         for what, path in files.items():
             content = self._content(what, video, objects)
             with atomic_write(path) as file:
@@ -284,6 +297,17 @@ class Outputs:
             digests[what] = digest(content)
         record = {**self.origin, "frames": state, **digests}
         write_json(folder / RECORD, record, compact=True)
+
+    def _kept_mask(self, video: Video, state: list) -> str | None:
+        """Return the digest of the mask that a resumed run without masks keeps, if there is one."""
+        if self.form or not self.resume:
+            return None
+        record = self._record(video)
+        if self._change(record, state):
+            return None
+        paths = (self.folder(video) / name for name in MASKS)
+        found = (digest(path.read_bytes()) for path in paths if path.is_file())
+        return next((mask for mask in found if mask == record.get("mask")), None)
 
     def _content(self, what: str, video: Video, objects: Objects) -> bytes:
         if what == "proposal":

@@ -184,6 +184,7 @@ def test_clips_of_other_programs_have_the_pixels_that_ffmpeg_writes(tmp_path, cl
     subprocess.run([*ffmpeg, path, *frames], check=True)
     found, expected = read_video(list_video(path)), read_video(list_video(tmp_path / "png"))
     assert torch.equal(found, expected)
+    assert list_video(path).count() == len(expected)
 
 
 def test_what_would_meet_in_one_folder_is_refused_before_anything_is_labelled(run, tmp_path, clip):
@@ -442,6 +443,39 @@ def test_a_run_without_masks_leaves_none_of_another_beside_its_table(run, tmp_pa
     assert names == {"objects.csv", "mask.json"}
 
 
+def test_a_resumed_run_without_masks_adds_its_table_and_keeps_masks_that_are_true(
+    run, tmp_path, clip
+):
+    path, table = (tmp_path / f"out/video_00007/{name}" for name in ("mask.npy", "objects.csv"))
+    arguments = ("--data", clip, "--out", tmp_path / "out")
+    assert run(*arguments)[0] == 0
+    made = path.read_bytes()
+    status, said, _ = run(*arguments, "--resume", "--no-masks", "--objects")
+    assert status == 0
+    assert "made again: they have no objects.csv" in said
+    assert path.read_bytes() == made
+    assert table.is_file()
+    assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
+    # Where the mask is not what the record says, or of other frames, it goes.
+    table.unlink()
+    path.write_bytes(made[:-1] + bytes([made[-1] ^ 1]))
+    assert run(*arguments, "--resume", "--no-masks", "--objects")[0] == 0
+    assert not path.exists()
+
+
+def test_a_share_writes_its_proposals_beside_those_of_another(run, tmp_path, clip):
+    for number in range(6):
+        path = tmp_path / f"data/video_{number}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(clip)
+    arguments = ("--data", tmp_path / "data", "--proposals", tmp_path / "proposals", "--every", 5)
+    for share in ("1/2", "2/2"):
+        out = tmp_path / share.replace("/", "-")
+        assert run(*arguments, "--out", out, "--shard", share)[0] == 0
+        assert any(out.rglob("mask.npy"))
+    assert len(list((tmp_path / "proposals").iterdir())) == 6
+
+
 def test_proposals_need_names_with_one_number_each(run, tmp_path, clip):
     for names, said in (
         (("a.mp4",), "no number in its name"),
@@ -653,7 +687,7 @@ def test_shares_are_all_videos_once(run, tmp_path, clip):
         assert "such as 3/16" in err
 
 
-def test_counting_a_clip_asks_its_header_alone(clip):
+def test_counting_the_frames_of_a_clip_decodes_none(clip):
     assert count_frames(clip) == FRAMES
     assert list_video(clip).count() == FRAMES
     (video,) = find_videos(clip, every=7)
