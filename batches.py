@@ -54,7 +54,7 @@ class ShardedBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         count, order = self._batches_of_a_pass(), list(range(self.frames))
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + self.epoch) % 2**64)
         rank, processes = self.processes.rank, self.processes.count
         for number in range(self.passes):
             if self.shuffle:
@@ -111,10 +111,10 @@ def make_loaders(
 def choose_workers(
     requested: int | None, batch: int, processes: Processes, most: int = MAX_READERS
 ) -> int:
-    """Return how many processes read for this one: no more than there are cores and memory for.
+    """Return how many processes read for this one: no more than shared memory has room for.
 
     Args:
-        requested: How many the user wants; None: the default.
+        requested: How many the user wants; None: the default, no more than there are cores for.
         batch: Bytes of what is read ahead once, of all processes together.
         processes: Those that share this machine's cores and shared memory.
         most: The default has no more.

@@ -67,7 +67,8 @@ class CLEVRDataset(Dataset):
     the second of two materials and the fifth of eight colours: a brown rubber sphere (classes.py).
 
     Args:
-        path: a folder, of which every labelled video is taken, or a list of folders or Videos.
+        path: a folder, of which every labelled video is taken, or a list of folders or Videos (of
+            all frames, if they are labelled).
         transform: transform(image, mask) returns both, changed jointly (torchvision v2, whose
             tv_tensors Image and Mask it is given); with labelled=False, transform(image).
         labelled: True takes the videos with mask.npy and checks them whole: one with a fault is

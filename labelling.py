@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from borders import fill_holes, sharpen
 from checkpoints import load_checkpoint
-from classes import FRAME_SIZE
 from content import WHOLE, Bars, Box, is_flat, may_have_bars
 from details import Details, join, look_again, split
 from devices import compile_network, mixed_precision, shared_threads, to_cpu
@@ -84,8 +83,8 @@ class Labeller:
         return cls(UNet.from_checkpoint(checkpoint, path), **{"scale": scale, **options})
 
     def compile(self) -> None:
-        """Compile the network for batches of the usual frames, if that can be done here."""
-        size = (self.batch_size, 3, *FRAME_SIZE)
+        """Compile the network for batches of frames of the size it learned, if that works here."""
+        size = (self.batch_size, 3, *self.scale.learned)
         with shared_threads(self.device):  # for another number of threads it would be made anew
             compile_network(self.model, torch.zeros(size, dtype=torch.uint8, device=self.device))
 
@@ -268,7 +267,7 @@ class Labeller:
     def look(self, picture: Tensor) -> Answer:
         """Return what the network says of pictures uint8 (N, 3, h, w), on its device."""
         answers = self.model.answers
-        if tuple(picture.shape[2:]) != FRAME_SIZE:  # for which alone it may have been compiled
+        if picture.shape[2:] != self.scale.learned:  # for which alone it may have been compiled
             answers = partial(type(self.model).answers, self.model)
         with mixed_precision(self.device):
             return self.model.evidence(answers(picture))

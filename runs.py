@@ -115,12 +115,15 @@ class Run:
         return run
 
     def restore(self, path: Path) -> None:
-        """Take the state that `save_last` wrote. Raises UserError: it is of another network."""
+        """Take the state that `save_last` wrote; UserError: it is of another network or seed."""
         checkpoint = load_checkpoint(path)
         if "training" not in checkpoint:
             raise UserError(f"{path} holds no state to go on from: give another --out")
         if UNet.from_checkpoint(checkpoint, path).config != self.model.config:
             raise UserError(f"{path} is of another network: give its --widths, or another --out")
+        seed = checkpoint.get("seed", self.seed)
+        if seed != self.seed:  # other videos would validate, and other batches follow
+            raise UserError(f"{path} was begun with --seed {seed}: give that, or another --out")
         try:
             self._take(checkpoint)
         except Exception as error:  # nonsense in the place of numbers raises nearly anything

@@ -108,7 +108,8 @@ def likeliest(evidence: Tensor) -> Tensor:
 def parts_of(objects: np.ndarray, evidence: Tensor, unit: float = 1.0) -> tuple[Parts, np.ndarray]:
     """Return the parts of a video, and which of them each object pixel belongs to, (N,).
 
-    A few frames at a time: a clip of ten minutes takes no more memory for it than one of seconds.
+    A few frames at a time: but for the evidence of all cells, a clip of ten minutes takes no more
+    memory for it than one of seconds.
 
     Args:
         objects: (T, H, W) bool, where there is an object.

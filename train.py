@@ -98,7 +98,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=at_least(0),
-        help="processes that read, of each training process (default: on a CPU 0, else up to 4)",
+        help="processes that read, of each training process, as many again for validation "
+        "(default: on a CPU 0, else up to 4)",
     )
     add("--compile", action="store_true", help="torch.compile: a minute more to start, then faster")
     add(
@@ -111,7 +112,12 @@ def parse_args() -> argparse.Namespace:
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
     if args.resume and args.overwrite:
-        parser.error("--resume keeps the run that --overwrite deletes: leave out one of them")
+        parser.error(
+            "--resume keeps the run that --overwrite deletes: leave out one of them (a killed run "
+            "with --overwrite that has saved no checkpoint yet begins again with --overwrite)"
+        )
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error("--seed must be below 2**64")
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         parser.error("--learning-rate must be more than 0")
     if args.widths and not 2 <= len(args.widths) <= MAX_STAGES:

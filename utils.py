@@ -157,9 +157,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print a sentence and exit with status 2."""
         for other, own in HINTS.items():
-            known = own in self._option_string_actions
-            if known and f"unrecognized arguments: {other}" in message.replace("=", " "):
-                message += f" (here it is {own})"
+            given = other in (argument.partition("=")[0] for argument in sys.argv[1:])
+            if given and own in self._option_string_actions:
+                message += f" ({other} is {own} here)"
         super().error(message)
 
 

@@ -56,7 +56,7 @@ NOMINAL = {
     "purple": (129, 38, 192),
     "yellow": (255, 238, 51),
 }
-AT_BORDER, BEHIND = 0.12, 0.04  # shares of objects that rest cut by the picture's end, or hidden
+AT_BORDER, BEHIND = 0.12, 0.04  # shares of objects that rest where the picture ends, or hidden
 UNSEEN = 0.3, 0.65  # share of those at its left end that are so much farther out: a shadow is seen
 GRAY_METAL = 0.08  # share of videos that each kind is put into besides: it looks like its shadow
 # Near where a flat metal top shows the fill lamp, one begins in a share of the videos with one.
@@ -110,7 +110,11 @@ def unit(a: Tensor) -> Tensor:
 
 
 def place(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a position (2,) in view, or out of view with a velocity (2,) that leads into view."""
+    """Draw where an object begins, (2,), and its velocity, (2,).
+
+    It is in view, or moves into view, or rests where the picture ends: beyond that it may be
+    unseen, but for its shadow.
+    """
     y, angle, fate = rng.uniform(7.0, 17.5), rng.uniform(0, 2 * np.pi), rng.random()
     point = np.array([rng.uniform(-0.4, 0.4) * y, y])
     heading = np.array([np.cos(angle), np.sin(angle)])

@@ -48,6 +48,11 @@ def test_processes_share_every_frame_exactly_once(count):
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(10))
 
 
+def test_a_seed_may_be_a_date():
+    shuffled = ShardedBatches(9, 3, Processes(torch.device("cpu")), True, seed=20261127093000)
+    assert sorted(sum(shuffled, [])) == list(range(9))
+
+
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_no_process_gets_an_empty_batch(count):
     """11 frames in batches of 10: the last has one frame, and one process that reads it."""

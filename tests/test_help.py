@@ -41,7 +41,10 @@ def test_help_has_the_version_and_the_default_of_every_option(script, call, monk
 def test_an_option_of_other_projects_is_hinted_at(call):
     status, _, err = call(train, "--lr", "0.1")
     assert status == 2
-    assert "unrecognized arguments: --lr 0.1 (here it is --learning-rate)" in err
+    assert "unrecognized arguments: --lr 0.1 (--lr is --learning-rate here)" in err
+    status, _, err = call(infer, "--data", "data", "--output=masks")
+    assert status == 2
+    assert "required: --out (--output is --out here)" in err
 
 
 def test_without_a_checkpoint_the_shipped_weights_label_and_the_page_has_a_place(

@@ -331,6 +331,11 @@ def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
         weights(finished / "Unet_checkpoint_epoch_5.pt"),
         weights(tmp_path / "Unet_checkpoint_epoch_1.pt"),
     )
+    before = (tmp_path / "Unet_checkpoint_last.pt").read_bytes()
+    status, _, err = call(train, *command[: -len(TINY) - 2], *TINY, "--resume")
+    assert status == 2
+    assert "was begun with --seed 1: give that" in err
+    assert (tmp_path / "Unet_checkpoint_last.pt").read_bytes() == before
 
 
 def test_init_starts_from_the_given_weights(finished, videos, tmp_path, call):
