@@ -210,15 +210,15 @@ def test_the_folder_says_what_made_its_videos(rendered):
 def test_version_of_the_renderer_rises_with_its_bytes():
     """If this fails, seeds give other videos than before: raise RENDERER and these figures.
 
-    One of the six objects shows 2 pixels and has no label, since renderer 4.
+    Of twelve objects five are in view.
     """
-    frames, masks = render.render_video(5, (6, 6), num_frames=1)
+    frames, masks = render.render_video(6, (12, 12), num_frames=1)
     ids, areas = masks.unique(return_counts=True)
-    assert render.RENDERER == 5
-    assert ids.tolist() == [0, 7, 10, 13, 45]
-    assert areas.tolist() == pytest.approx([37220, 181, 388, 288, 323], abs=3)
+    assert render.RENDERER == 6
+    assert ids.tolist() == [0, 3, 39, 40, 42, 48]
+    assert areas.tolist() == pytest.approx([35934, 502, 654, 48, 436, 826], abs=3)
     assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(
-        [131.38, 131.93, 131.86], abs=0.05
+        [128.91, 130.01, 128.43], abs=0.05
     )
 
 
@@ -252,7 +252,10 @@ def test_a_folder_takes_one_set_of_settings(settings, change, started):
 
 def test_videos_of_another_renderer_are_not_mixed_in(started, monkeypatch):
     monkeypatch.setattr(render, "RENDERER", render.RENDERER + 1)
-    with pytest.raises(UserError, match=r"renderer 5, not 6.*: rename that folder"):
+    with pytest.raises(
+        UserError,
+        match=rf"renderer {render.RENDERER - 1}, not {render.RENDERER}.*: rename that folder",
+    ):
         render.render_dataset(started, 1, progress=False)
 
 
