@@ -265,6 +265,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.only and not args.minutes:
         parser.error("nothing to measure: give --only a part, or --minutes")
+    if args.check and args.json:
+        parser.error("--check prints its report: leave out --json")
     if args.repeats < 1 or args.minutes < 0 or (args.batch_size or 1) < 1:
         parser.error("--repeats and --batch-size must be 1 or more, --minutes 0 or more")
     return args

@@ -72,7 +72,7 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
     """
     source = fingerprint(name, video, masks, width)
     known = read_description(out / "video.js")
-    if known and known.get("source") == source:
+    if known and known.get("source") == source and has_pictures(out, known):
         return known
     delete_leftovers(out)
     frames = read_video(video).permute(0, 2, 3, 1).numpy()
@@ -107,6 +107,12 @@ def preview_video(name: str, video: Video, masks: Path, out: Path, width: int) -
         save_picture(out / picture, drawing)
     write_script(out / "video.js", "arrived(", [name, description], ");")
     return description
+
+
+def has_pictures(out: Path, description: dict[str, Any]) -> bool:
+    """Return whether all pictures of a described video are in its folder."""
+    names = PICTURES if description.get("figures") else PICTURES[:2]
+    return all((out / name).is_file() for name in names)
 
 
 def fingerprint(name: str, video: Video, masks: Path, width: int) -> str:

@@ -263,6 +263,19 @@ def check_free(out: Path, overwrite: bool, processes: Processes) -> list[Path]:
     return found
 
 
+def check_state(out: Path, processes: Processes) -> None:
+    """Raise UserError if a folder to resume in holds later epochs of a run, but no state of it.
+
+    Begun anew, the run would put its own first epoch in their place. The first process looks.
+    """
+    found = files_of_run(out) if processes.first and not (out / LAST).exists() else []
+    checkpoints = [path for path in found if CHECKPOINT(path.name)]
+    later = [path for path in checkpoints if (load_checkpoint(path).get("epoch") or 0) > 1]
+    fault = f"{out} holds {later[0].name} of a run, but no {LAST} to go on from" if later else ""
+    if fault := processes.collect([fault])[0]:
+        raise UserError(f"{fault}: bring it here, or begin anew from that file with --init")
+
+
 class Keeper:
     """Saves a run within an epoch: every few minutes, and when a signal asks it to stop.
 

@@ -20,8 +20,8 @@ import torch
 VERSION = "0.10.0"  # also in CITATION.cff and CHANGELOG.md
 MAKE_ROOM = "make room, then the same command goes on (train.py and infer.py with --resume)"
 GIVE_LESS = (
-    "give a smaller --batch-size or fewer --workers, then the same command goes on (train.py and "
-    "infer.py with --resume)"
+    "give a smaller --batch-size or fewer --workers, preview.py fewer videos; then the same "
+    "command goes on (train.py and infer.py with --resume)"
 )
 GET_RIGHT = "get the right to it, or give another path"
 MOVE_FILE = "move away the file that is where a folder has to be, or give another path"

@@ -26,7 +26,7 @@ function withRecord(video, go) {
     const script = make("script", { src: `${video.folder}/video.js` });
     script.onload = script.onerror = () => {
         script.remove();
-        if (!video.record) fail(video, "video.js cannot be read: run preview.py again");
+        if (video.waiting.length) fail(video, "video.js cannot be read: run preview.py again");
     };
     document.head.append(script);
 }
@@ -73,14 +73,15 @@ function draw(canvas, video, frame, layer, only = null) {
     if (layer) lay(picture(video, SHEETS[layer]), false);
     const scale = wide / width;
     const here = [];
-    for (const item of objects) {
+    for (const item of layer === "truth" ? [] : objects) { // which are the predicted ones
         if (only !== null && item.id !== only) continue;
         const at = item.trail.find(([t]) => t === frame);
         if (element("trails").checked) drawTrail(brush, item, frame, scale, ratio);
         if (at) here.push([item, at]);
     }
     const names = here.map(([item]) => PREVIEW.classes[item.id].name);
-    canvas.setAttribute("aria-label", `frame ${frame}: ${names.join(", ") || "no object"}`);
+    const said = layer === "truth" ? "true masks" : names.join(", ") || "no object";
+    canvas.setAttribute("aria-label", `frame ${frame}: ${said}`);
     if (element("names").checked && layer) drawNames(brush, here, scale, ratio);
 }
 

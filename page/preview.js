@@ -16,6 +16,7 @@ const videos = PREVIEW.videos.map((facts) => ({ ...facts, record: null, pictures
 const byName = new Map(videos.map((video) => [video.name, video]));
 let listed = videos; // those that the filter leaves, in order
 let large = null; // the video in the dialog
+let wanted = null; // the video that was asked for last, in the dialog or on its way there
 let chosen = null; // the class id whose trail alone is drawn there
 let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 let clock = 0; // frames since the page was opened, while it plays
@@ -79,7 +80,7 @@ const sight = new IntersectionObserver((changes) => {
 }, { rootMargin: NEAR });
 
 function release(video) {
-    if (inSight.has(video) || video === large) return;
+    if (inSight.has(video) || video === large || video === wanted) return;
     video.pictures = {};
     video.record = null;
     video.canvas.width = video.canvas.height = 0;
@@ -130,7 +131,11 @@ const PANELS = { masks: "masks", truth: "true masks", differs: "where they diffe
 
 function open(video) {
     if (video.fault) return;
+    const before = wanted;
+    wanted = video;
+    if (before) release(before);
     const change = () => {
+        if (wanted !== video) return; // closed, or another one was asked for meanwhile
         const last = large;
         large = video;
         if (last) release(last);
@@ -143,7 +148,7 @@ function open(video) {
         if (!element("large").open) element("large").showModal();
         element("doubt").hidden = video.record.objects.every((item) => item.doubt === null);
         element("frame").style.minWidth = `${frameText(video.record.frames - 1).length}ch`;
-        history.replaceState(null, "", `#${encodeURIComponent(video.name)}`);
+        history.replaceState(null, "", `#${video.folder}`);
         drawLarge();
     };
     withRecord(video, change);
@@ -273,7 +278,7 @@ element("large").addEventListener("keydown", (event) => {
 });
 element("large").addEventListener("close", () => {
     const last = large;
-    large = null;
+    large = wanted = null;
     history.replaceState(null, "", location.pathname);
     last.card.scrollIntoView({ block: "nearest" });
     last.card.focus({ preventScroll: true });
@@ -322,5 +327,5 @@ fillObjects();
 list();
 play(playing);
 requestAnimationFrame(tick);
-const linked = byName.get(decodeURIComponent(location.hash.slice(1)));
+const linked = videos.find((video) => video.folder === location.hash.slice(1));
 if (linked) open(linked);

@@ -108,6 +108,9 @@ def test_what_is_still_true_is_kept_and_the_rest_made_again(tmp_path, call):
     changed = {p.parent.name for p, ns in before.items() if p.stat().st_mtime_ns != ns}
     assert changed == {"video_1"}
     assert not leftover.exists()
+    (tmp_path / "o/video_0/frames.jpg").unlink()  # "run preview.py again", says the page
+    assert call(preview, *arguments)[0] == 0
+    assert (tmp_path / "o/video_0/frames.jpg").is_file()
 
 
 def test_faults_are_named_and_the_rest_is_shown(tmp_path, call):
@@ -285,7 +288,10 @@ def test_large_video_is_stepped_by_keys_beside_its_truth(page):
     assert "missed" in captions[2]
     page.press(keys.HOME)
     assert page.texts("#frame") == ["frame 0 (1 of 4)"]
-    assert page.seen("#panels canvas") == ["frame 0: red metal cube, blue rubber sphere"] * 3
+    assert page.seen("#panels canvas") == [
+        "frame 0: red metal cube, blue rubber sphere",
+        "frame 0: true masks",
+    ] + ["frame 0: red metal cube, blue rubber sphere"]
     page.press(keys.ARROW_RIGHT)
     page.press(keys.ARROW_RIGHT)
     assert page.texts("#frame") == ["frame 2 (3 of 4)"]
@@ -327,15 +333,31 @@ def test_only_what_is_near_the_window_is_loaded(browser, made, tmp_path):
     shutil.copytree(made / "out", tmp_path / "out")
     text = (tmp_path / "out/videos.js").read_text()
     known = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    first = known["videos"][1]
-    known["videos"] = [{**first, "name": f"{first['name']} {i}"} for i in range(500)]
-    known["videos"][0] = first
+    first = next(video for video in known["videos"] if video["name"] == "train/video_2")
+    record = record_of(made, "train/video_2")
+    names = [f"many/{i}" for i in range(200)]
+    for name in names:
+        shutil.copytree(tmp_path / "out/train/video_2", tmp_path / "out" / name)
+        preview.write_script(tmp_path / "out" / name / "video.js", "arrived(", [name, record], ");")
+    known["videos"] = [{**first, "name": name, "folder": name} for name in names]
     preview.write_script(tmp_path / "out/videos.js", "const PREVIEW = ", known)
     page = Page(browser, tmp_path / "out/index.html")
-    page.until(lambda: any(page.seen("#grid canvas")[:1]))
-    assert page.texts("#count") == ["500 videos"]
-    assert 0 < page.run("return inSight.size") < 60
-    browser.get_log("browser")
+    assert page.texts("#count") == ["200 videos"]
+    drawn = "return [...inSight].every((video) => video.record && video.canvas.width)"
+    for place in ("document.body.scrollHeight", "0", "document.body.scrollHeight"):
+        page.run(f"scrollTo(0, {place})")  # the first of these before all has come
+    page.until(lambda: page.run("return inSight.has(videos[199])") and page.run(drawn))
+    assert page.run("return videos.filter((video) => video.record).length") < 100
+    far = "const far = videos[50];"  # whose file arrives when nobody looks at it any more
+    page.run(f"{far} withRecord(far, () => {{ redraw(far); far.came = true; }})")
+    page.until(
+        lambda: page.run(
+            f"{far} return far.came && !document.querySelector('head script[src*=many]')"
+        )
+    )
+    assert page.run(f"{far} return far.record") is None
+    assert page.texts("#grid .fault") == []
+    assert browser.get_log("browser") == []
 
 
 def test_a_file_that_is_gone_is_named_on_its_card(browser, made, tmp_path):

@@ -338,6 +338,14 @@ def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
     assert (tmp_path / "Unet_checkpoint_last.pt").read_bytes() == before
 
 
+def test_a_run_without_its_last_state_is_not_begun_anew_over_it(finished, videos, tmp_path, call):
+    shutil.copy(finished / "Unet_checkpoint_epoch_5.pt", tmp_path)
+    status, _, err = call(train, "--data", videos, "--out", tmp_path, "--resume", *TINY)
+    assert status == 2
+    assert "Unet_checkpoint_epoch_5.pt of a run, but no Unet_checkpoint_last.pt" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["Unet_checkpoint_epoch_5.pt"]
+
+
 def test_init_starts_from_the_given_weights(finished, videos, tmp_path, call):
     """A vanishing learning rate leaves them as they were."""
     init = finished / "Unet_checkpoint_best.pt"
