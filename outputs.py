@@ -285,10 +285,8 @@ class Outputs:
         """
         folder, files = self.folder(video), self.files(video)
         digests: dict[str, str | None] = {"mask": self._kept_mask(video, state), "table": None}
-        stale = [TABLE]
-        if not digests["mask"]:
-            stale += [RECORD, *(name for name in MASKS if folder / name not in files.values())]
-        for name in stale:
+        others = [name for name in MASKS if folder / name not in files.values()]
+        for name in [TABLE] if digests["mask"] else [RECORD, TABLE, *others]:
             (folder / name).unlink(missing_ok=True)
         for what, path in files.items():
             content = self._content(what, video, objects)

@@ -4,13 +4,10 @@ import csv
 import io
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -178,31 +175,6 @@ def figures(out: Path) -> list[dict[str, str]]:
         return [row | {"frames_per_s": ""} for row in csv.DictReader(file)]
 
 
-def test_same_seed_same_bits_after_a_kill_and_a_stop_at_any_time(finished, videos, tmp_path, call):
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, "--resume", *TINY]
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(
-            [str(c) for c in (sys.executable, ROOT / "train.py", *command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if "parameters" in line:
-                break
-        time.sleep(random.uniform(0, 0.8))
-        process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode in {-signal.SIGKILL, 143, 0}, said
-    status, _, said = call(train, *command)
-    assert status == 0, said
-    for name in ("epoch_6", "best", "last"):
-        path = f"Unet_checkpoint_{name}.pt"
-        assert same(weights(finished / path), weights(tmp_path / path)), name
-        assert (finished / path).read_bytes() == (tmp_path / path).read_bytes(), name
-    assert figures(finished) == figures(tmp_path)
-
-
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 32), (signal.SIGINT, 48)])
 def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     finished, videos, tmp_path, monkeypatch, call, number, step
@@ -253,7 +225,9 @@ def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos
     arguments = (f"{signal.SIGKILL:d},34,0", *command)
     assert run(tmp_path / "stop.py", *arguments, env=OWN).returncode == -signal.SIGKILL
     assert "going on after epoch 1 and step 9" in call(train, *command, "--resume")[1]
-    assert same(weights(finished / LAST), weights(tmp_path / LAST))
+    for name in ("epoch_6", "best", "last"):
+        path = f"Unet_checkpoint_{name}.pt"
+        assert (finished / path).read_bytes() == (tmp_path / path).read_bytes(), name
     assert figures(finished) == figures(tmp_path)
 
 
