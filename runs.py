@@ -245,35 +245,32 @@ def files_of_run(out: Path) -> list[Path]:
     return [*sorted(checkpoints), out / LOG, *sorted((out / BOARD).glob("events.out.tfevents.*"))]
 
 
-def check_free(out: Path, overwrite: bool, processes: Processes) -> list[Path]:
-    """Return the files of a former run that a new one in a folder replaces.
+def check_folder(out: Path, resume: bool, overwrite: bool, processes: Processes) -> list[Path]:
+    """Return the files of a former run that a new one in a folder replaces; [] to go on with it.
 
     The first process looks, for all of them.
 
     Raises:
-        UserError: there is one, and it is not to be overwritten.
+        UserError: there is one, and it is not to be overwritten; or it is to go on, and later
+            epochs are there, but no state: begun anew, its first epoch would take their place.
     """
-    found = files_of_run(out) if processes.first else []
-    fault = "" if overwrite or not found else f"{out} holds a run ({found[0].name}, ...)"
-    if fault := processes.collect([fault])[0]:
-        raise UserError(
-            f"{fault}: --resume goes on with it, another --out begins a new one, --overwrite "
-            "deletes it once the new one has a checkpoint"
+    found, fault = files_of_run(out) if processes.first else [], ""
+    if resume and not (out / LAST).exists():
+        checkpoints = [path for path in found if CHECKPOINT(path.name)]
+        later = [path for path in checkpoints if (load_checkpoint(path).get("epoch") or 0) > 1]
+        if later:
+            fault = (
+                f"{out} holds {later[0].name} of a run, but no {LAST} to go on from: bring it "
+                "here, or begin anew from that file with --init"
+            )
+    elif found and not resume and not overwrite:
+        fault = (
+            f"{out} holds a run ({found[0].name}, ...): --resume goes on with it, another --out "
+            "begins a new one, --overwrite deletes it once the new one has a checkpoint"
         )
-    return found
-
-
-def check_state(out: Path, processes: Processes) -> None:
-    """Raise UserError if a folder to resume in holds later epochs of a run, but no state of it.
-
-    Begun anew, the run would put its own first epoch in their place. The first process looks.
-    """
-    found = files_of_run(out) if processes.first and not (out / LAST).exists() else []
-    checkpoints = [path for path in found if CHECKPOINT(path.name)]
-    later = [path for path in checkpoints if (load_checkpoint(path).get("epoch") or 0) > 1]
-    fault = f"{out} holds {later[0].name} of a run, but no {LAST} to go on from" if later else ""
     if fault := processes.collect([fault])[0]:
-        raise UserError(f"{fault}: bring it here, or begin anew from that file with --init")
+        raise UserError(fault)
+    return [] if resume else found
 
 
 class Keeper:

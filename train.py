@@ -42,7 +42,7 @@ from model import MAX_STAGES, UNet, for_labelling
 from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
-from runs import LAST, LOOK_EVERY, Keeper, Run, check_free, check_state, first_words, last_words
+from runs import LAST, LOOK_EVERY, Keeper, Run, check_folder, first_words, last_words
 from scale import learned_size
 from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
@@ -131,9 +131,7 @@ def main() -> None:
     processes = Processes(choose_device(args.device))
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
-    if args.resume:
-        check_state(args.out, processes)
-    replaces = [] if args.resume else check_free(args.out, args.overwrite, processes)
+    replaces = check_folder(args.out, args.resume, args.overwrite, processes)
     processes.say(log_header(device))
     if processes.first and args.data == DEMO_DATA:
         render_demo()

@@ -209,11 +209,8 @@ def draw_lamps(
     """
     gain = np.exp(brightness)
     if not like_clevr:
-        return (
-            LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape),
-            LAMP_POWER * gain,
-            LAMP_RADIUS,
-        )
+        position = LAMP_POSITION + rng.normal(0, 0.35, LAMP_POSITION.shape)
+        return position, LAMP_POWER * gain, LAMP_RADIUS
     position = CLEVR_POSITION + CLEVR_MOVES * rng.uniform(-1, 1, CLEVR_POSITION.shape)
     power = CLEVR_POWER * gain * [[1], [1], [1], [rng.uniform(*CLEVR_SKY)]]
     return position, power, LAMP_RADIUS * [*rng.uniform(0.3, 1.0, 3), 1]
