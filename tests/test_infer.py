@@ -126,7 +126,8 @@ def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network
         assert_labels_of(found[f"{video}/mask.npy"], data / video, network)
 
 
-@pytest.mark.parametrize(("batch_size", "threads"), [(1, 1), (22, 4)])
+@pytest.mark.parametrize("threads", [1, 4])  # of which two label batches of their own
+@pytest.mark.parametrize("batch_size", [1, 4, 22, 64])
 def test_batch_size_never_mixes_frames(run, tmp_path, data, ckpt, network, batch_size, threads):
     write_video(data / "a/video_5", 2, size=(24, 16), seed=4)  # between the others
     torch.set_num_threads(threads)
