@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from devices import Processes, has_bfloat16, mixed_precision
+from devices import Processes, mixed_precision
 
 WARM_UP, DECAY_FROM = 0.02, 0.4  # shares of the run: rise to the full learning rate, start to fall
 EMA_DECAY = 0.995  # of the average of the weights, a step
 USUAL_BATCH = 16  # frames, for which learning rates are given
 MOMENTUM = 0.95  # Jordan et al.'s
 WEIGHT_DECAY = 0.02  # of the learning rate, a step
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s: steep at 0, so that 5 steps do
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s: steep at 0, so that STEPS do
+STEPS = 5
 
 
 def learning_rate_at(progress: float, highest: float) -> float:
@@ -76,7 +77,7 @@ class MuonAdamW:
     orthogonalised momentum; a convolution is a matrix (out, in * 3 * 3), and the step is scaled so
     that AdamW's learning rate fits (Liu et al. 2025, https://arxiv.org/abs/2502.16982). As
     torch.optim.Muon, which takes no convolutions, and computes in bfloat16 even where the hardware
-    has none: there it takes longer than the network.
+    has none.
 
     A GPU would take longer to start so many small operations than to do them: there all matrices
     are orthogonalised in one stack, on a CPU those with as many rows, and momentum and decay are
@@ -149,9 +150,8 @@ class Stack:
     def __init__(self, filters: list[Tensor]):
         self.filters = filters
         device, shapes = filters[0].device, [_matrix_shape(weight) for weight in filters]
-        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
         rows, columns = (max(side(shape) for shape in shapes) for side in (min, max))
-        self.matrices = torch.zeros(len(filters), rows, columns, dtype=dtype, device=device)
+        self.matrices = torch.zeros(len(filters), rows, columns, device=device)
 
     def orthogonalise(self, changes: list[Tensor]) -> list[Tensor]:
         """Return the orthogonalised matrices of changes of the filters, in the filters' shapes."""
@@ -173,15 +173,19 @@ class Stack:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices (N, rows, more columns) near 1.
 
-    By five Newton-Schulz steps of order 5.
+    By Newton-Schulz steps of order 5: each multiplies x by a + b gram + c gram^2, whose gram is
+    x x^T. These factors commute, so that they are gathered in small matrices (N, rows, rows) and
+    meet the long ones once. Float32: gram has the squares of the singular values.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = matrices / norms.clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    gram, one = x @ x.mT, torch.eye(x.shape[1]).to(x)
+    product = one
+    for _ in range(STEPS):
+        factor = torch.baddbmm(a * one, gram, b * one + c * gram)
+        product, gram = factor @ product, factor @ gram @ factor
+    return product @ x
 
 
 def _matrix_shape(weight: Tensor) -> tuple[int, int]:
