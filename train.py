@@ -47,6 +47,7 @@ from scale import learned_size
 from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
+DEMO_BATCH = 8  # frames: what few there are teach more in more steps
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 L2_SP = 1300  # strength of MuonAdamW's L2-SP, times the training frames
 BN_STEPS = 10  # batches, or a tenth of the epoch if more, give the average its batch statistics
@@ -71,8 +72,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--batch-size",
         type=at_least(1),
-        default=USUAL_BATCH,
-        help="frames a step, of all processes together (default: %(default)s)",
+        help="frames a step, of all processes together "
+        f"(default: {USUAL_BATCH}, or {DEMO_BATCH} without --data)",
     )
     add(
         "--learning-rate",
@@ -111,6 +112,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
+    if args.batch_size is None:
+        args.batch_size = DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH
     if args.resume and args.overwrite:
         parser.error(
             "--resume keeps the run that --overwrite deletes: leave out one of them (a killed run "

@@ -614,3 +614,19 @@ def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
     assert not train.blind_warning(figures | {"foreground_iou": 0.01}, 100, 20, 400)
     figures["pixels"][CLASS_NAMES[3]] = 0
     assert not train.blind_warning(figures, 100, 20, 400)
+
+
+@pytest.mark.parametrize(
+    ("options", "frames", "epochs"),
+    [
+        ([], 8, 8),
+        (["--data", "videos"], 16, 8),
+        (["--data", "videos", "--init", "none"], 16, 8),
+        (["--data", "videos", "--init", "file.pt"], 16, 30),
+        (["--batch-size", "5", "--num-epochs", "2"], 5, 2),
+    ],
+)
+def test_how_much_is_learned_where_nothing_is_said(options, frames, epochs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    args = train.parse_args()
+    assert (args.batch_size, args.num_epochs) == (frames, epochs)
