@@ -127,6 +127,24 @@ def test_a_lamp_stands_white_in_the_flat_top_of_metal(put, colour):
     assert max(patches["rubber"]) == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_shadow_is_left_out(share, monkeypatch):
+    """Lamps of CLEVRER's videos, and CLEVR's, which are low: as if each object were looked at."""
+    monkeypatch.setattr(scene, "CLEVR_LIKE", share)
+    pictures, kept = [], []
+
+    def all_of_them(*arguments):
+        kept.append(may_shade(*arguments))
+        return torch.ones_like(kept[-1])
+
+    may_shade = raytrace.may_shade
+    for look in (may_shade, all_of_them):
+        monkeypatch.setattr(raytrace, "may_shade", look)
+        pictures.append(render.render_video([8, 1], (12, 12), num_frames=2, every=5)[0])
+    assert pictures[0].equal(pictures[1])
+    assert torch.cat(kept).float().mean() < 0.9
+
+
 def test_metal_mirrors_metal_as_metal(put, monkeypatch):
     """A metal sphere in another shows the lamps; without a second mirror it shows none."""
     pictures = {}
