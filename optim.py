@@ -180,8 +180,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = matrices / norms.clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
-    gram, one = x @ x.mT, torch.eye(x.shape[1]).to(x)
-    product = one
+    gram = x @ x.mT
+    product = one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(STEPS):
         factor = torch.baddbmm(a * one, gram, b * one + c * gram)
         product, gram = factor @ product, factor @ gram @ factor
