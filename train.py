@@ -112,8 +112,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
-    if args.batch_size is None:
-        args.batch_size = DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH
+    args.batch_size = args.batch_size or (DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH)
     if args.resume and args.overwrite:
         parser.error(
             "--resume keeps the run that --overwrite deletes: leave out one of them (a killed run "

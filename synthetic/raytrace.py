@@ -42,10 +42,7 @@ class Rays(NamedTuple):
 
 
 def of(table: Tensor, which: Tensor, frame: Tensor | None = None) -> Tensor:
-    """Return what a table (N, ...) or, with `frame` (M,), one (T, N, ...) says of `which` (M,).
-
-    As table[which] and table[frame, which], which take a CPU twice as long.
-    """
+    """Return table[which], or table[frame, which], (M, ...), in half the time on a CPU."""
     if frame is not None:
         table, which = table.flatten(0, 1), frame * table.shape[1] + which
     return table.index_select(0, which)
