@@ -155,8 +155,7 @@ class Stack:
 
     def orthogonalise(self, changes: list[Tensor]) -> list[Tensor]:
         """Return the orthogonalised matrices of changes of the filters, in the filters' shapes."""
-        for place, change in zip(self._as_filters(self.matrices), changes, strict=True):
-            place.copy_(change)
+        torch._foreach_copy_(self._as_filters(self.matrices), changes)
         return self._as_filters(orthogonalise(self.matrices))
 
     def _as_filters(self, matrices: Tensor) -> list[Tensor]:
@@ -180,11 +179,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = matrices / norms.clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
-    gram = x @ x.mT
-    product = one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram, product = x @ x.mT, None
     for _ in range(STEPS):
-        factor = torch.baddbmm(a * one, gram, b * one + c * gram)
-        product, gram = factor @ product, factor @ gram @ factor
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
     return product @ x
 
 
