@@ -42,7 +42,7 @@ class Rays(NamedTuple):
 
 
 def of(table: Tensor, which: Tensor, frame: Tensor | None = None) -> Tensor:
-    """Return table[which], or table[frame, which], (M, ...), in half the time on a CPU."""
+    """Return table[which], or table[frame, which], (M, ...), from 0 on: twice as fast on a CPU."""
     if frame is not None:
         table, which = table.flatten(0, 1), frame * table.shape[1] + which
     return table.index_select(0, which)
