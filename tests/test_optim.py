@@ -50,6 +50,16 @@ def test_small_singular_values_are_as_the_steps_one_by_one_make_them():
     torch.testing.assert_close(optim.orthogonalise(matrix[None])[0].double(), x, rtol=0, atol=1e-4)
 
 
+def test_what_momentum_has_faded_to_is_left_out():
+    """Channels that have died have gradients of 0: products of what is left of them are slow."""
+    torch.manual_seed(0)
+    matrix = torch.randn(1, 8, 72)
+    matrix[:, 5:] *= 1e-25
+    found, alive = optim.orthogonalise(matrix), optim.orthogonalise(matrix[:, :5])
+    assert not found[:, 5:].any()
+    torch.testing.assert_close(found[:, :5], alive)
+
+
 def test_filters_that_share_a_stack_move_as_each_alone():
     """4 x 45 and 4 x 27; 27 x 27 and, lying on its side, 30 x 27: zeros fill the shorter ones."""
     torch.manual_seed(0)
