@@ -228,7 +228,8 @@ class Labeller:
             found = follow(objects, evidence, view.unit)
 
         # In the picture's own size, a few frames at a time: of long videos less is held at once.
-        labels = torch.empty((len(objects), *view.own), dtype=torch.uint8)
+        with torch.inference_mode(False):  # else nobody could ever change them
+            labels = torch.empty((len(objects), *view.own), dtype=torch.uint8)
         counts = frames_at_once(len(objects), math.prod(view.own))
         cells = [int(part.sum()) for part in occupied(objects).split(counts)]
         for part in zip(
@@ -241,7 +242,8 @@ class Labeller:
         ):
             self.draw(*part)
         if box != WHOLE:
-            labels = F.pad(labels, box)
+            with torch.inference_mode(False):
+                labels = F.pad(labels, box)
             shown = f"{size_text(view.own)} of {size_text(labels.shape[1:])}"
             remarks.append(f"bars along the sides are background: pictures are {shown}")
         said = list(filter(None, remarks))

@@ -256,7 +256,6 @@ class UNet(nn.Module):
         """Return the finest answer: `labels` sees an object where its objectness is above 0."""
         return answers[-1]
 
-    @torch.inference_mode()
     def predict(self, frames: Tensor) -> Tensor:
         """Return labels (B, H, W) uint8 of frames (B, 3, H, W), uint8 or float in [0, 1].
 
@@ -269,7 +268,9 @@ class UNet(nn.Module):
         if frames.is_floating_point() and frames.numel() and frames.max() > FULL:
             most = f"{float(frames.max()):g}"
             raise UserError(f"frames are floats up to {most}: give uint8, or floats from 0 to 1")
-        return self.labels(self.answers(frames))
+        with torch.inference_mode():
+            labels = self.labels(self.answers(frames))
+        return labels.clone()  # what is made in inference mode can never be changed
 
     def fuse(self) -> "UNet":
         """Fold the batch normalisation into the convolutions: faster, but no longer trainable."""

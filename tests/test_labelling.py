@@ -72,6 +72,16 @@ def test_without_tracking_labels_are_those_of_predict(tmp_path):
     assert torch.equal(labeller.label([frames])[0].labels, expected)
 
 
+@pytest.mark.parametrize("bar", [0, 32])
+def test_labels_may_be_changed(bar):
+    frames, _ = render_video(5, (4, 6), num_frames=2)
+    frames[..., :bar] = 0
+    labels = Labeller.load(ROOT / "weights/clevr_unet.pt").label([frames])[0].labels
+    assert labels.any()
+    labels[labels > 0] = 0
+    assert not labels.any()
+
+
 BLACK = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
 
 
