@@ -130,9 +130,8 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
     outputs.out.mkdir(parents=True, exist_ok=True)
     if not outputs.resume:
         if there := sum(outputs.has_files(video) for video in videos):
-            print(
-                f"{there} of {len(videos)} videos have masks, which are made again (--resume: kept)"
-            )
+            what = "are made again" if outputs.form else "--no-masks deletes, where there are any"
+            print(f"{there} of {len(videos)} videos have masks, which {what} (--resume: kept)")
         return videos
     pending, reasons = outputs.pending(videos)
     print(f"{len(videos) - len(pending)} of {len(videos)} videos have their masks already")
@@ -205,7 +204,12 @@ def parse_args() -> argparse.Namespace:
     add(
         "--proposals", type=Path, help="folder for run lengths, as CLEVRER has them (default: none)"
     )
-    add("--no-masks", action="store_true", help="write no masks, where the others are enough")
+    add(
+        "--no-masks",
+        action="store_true",
+        help="write no masks, where the others are enough; those of a former run are deleted, but "
+        "for true ones with --resume",
+    )
     add(
         "--shard",
         type=shard,

@@ -194,14 +194,12 @@ class Outputs:
 
     def check_proposals(self, videos: Iterable[Video]) -> None:
         """Raise UserError if proposals that others made would be written over."""
-        if not self.proposals or self.resume:  # killed before it wrote the record, a run goes on
-            return
-        for video in videos:
+        for video in videos if self.proposals else ():
             file = self.files(video)["proposal"]
             if file.exists() and not self._record(video).get("proposal"):
                 raise UserError(
                     f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
-                    "knows nothing of: give a folder of its own, or --resume a killed run"
+                    "knows nothing of: give a folder of its own"
                 )
 
     def _record(self, video: Video) -> dict[str, Any]:
@@ -268,12 +266,12 @@ class Outputs:
         return ""
 
     def save(self, video: Video, objects: Objects, state: list) -> None:
-        """Write the files of a video: the table first, then the mask, the proposal and the record.
+        """Write the files of a video: the record, then the table, the mask and the proposal.
 
         A table, a record or a mask of a former run that is not written anew is deleted, but for a
         mask that a resumed run without masks finds whole and still true. The record has the digests
-        of what was written, not of the files, which another run into the same folder may have
-        replaced.
+        of what is to be written, by which a run that goes on after a kill sees what is missing, and
+        any run that a proposal is its own.
 
         Args:
             video: Whose files they are.
@@ -288,13 +286,13 @@ class Outputs:
         others = [name for name in MASKS if folder / name not in files.values()]
         for name in [TABLE] if digests["mask"] else [RECORD, TABLE, *others]:
             (folder / name).unlink(missing_ok=True)
-        for what, path in files.items():
-            content = self._content(what, video, objects)
-            with atomic_write(path) as file:
-                file.write(content)
-            digests[what] = digest(content)
+        contents = {what: self._content(what, video, objects) for what in files}
+        digests |= {what: digest(content) for what, content in contents.items()}
         record = {**self.origin, "frames": state, **digests}
         write_json(folder / RECORD, record, compact=True)
+        for what, path in files.items():
+            with atomic_write(path) as file:
+                file.write(contents[what])
 
     def _kept_mask(self, video: Video, state: list) -> str | None:
         """Return the digest of the mask that a resumed run without masks keeps, if there is one."""

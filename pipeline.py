@@ -129,14 +129,14 @@ class Work(NamedTuple):
     def label(self, read: Sequence[WholeVideo]) -> Done:
         """Label short videos, those of one frame size together."""
         whole, messages, frames, count = [v for v in read if not v.fault], [], 0, 0
-        faults = [video.fault for video in read if video.fault]
+        faults = [self.fault(video.video, video.fault) for video in read if video.fault]
         for _, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
             numbers = [video.video.numbers for video in group]
             try:
                 found = self.labeller.label([video.frames for video in group], numbers)
             except UserError as error:
-                faults += [f"{video.video}: {error}" for video in group]
+                faults += [self.fault(video.video, str(error)) for video in group]
                 continue
             for video, objects in zip(group, found, strict=True):
                 self.outputs.save(video.video, objects, video.state)
@@ -160,10 +160,16 @@ class Work(NamedTuple):
         try:
             objects = self.labeller.label_ahead(frames, pool, ahead)
         except UserError as error:
-            named = str(error).startswith(str(video))
-            return Done(0, 0, [str(error) if named else f"{video}: {error}"], [])
+            return Done(0, 0, [self.fault(video, str(error))], [])
         self.outputs.save(video, objects, state)
         return Done(1, len(objects.labels), [], remarks(video, objects))
+
+    def fault(self, video: Video, text: str) -> str:
+        """Return why a video has no mask, with its name, and whether an old mask stays there."""
+        text = text if text.startswith(str(video)) else f"{video}: {text}"
+        if not self.outputs.has_files(video):
+            return text
+        return f"{text} What a former run wrote in {self.outputs.folder(video)} stays there."
 
 
 def remarks(video: Video, objects: Objects) -> list[str]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 import dataset
 import evaluate
 import infer
+import outputs
 import preview
 import proposals
 import train
@@ -426,13 +427,29 @@ def test_proposals_of_others_are_not_written_over(run, tmp_path, clip):
     foreign = tmp_path / "proposals/proposal_00007.json"
     foreign.write_text("as CLEVRER published it")
     arguments = ("--data", clip, "--out", tmp_path / "out", "--proposals", tmp_path / "proposals")
-    status, _, err = run(*arguments)
-    assert status == 2
-    assert "holds proposal_00007.json" in err
-    assert foreign.read_text() == "as CLEVRER published it"
-    # As after a kill between a proposal and the record that knows of it.
+    for more in ((), ("--resume",)):
+        status, _, err = run(*arguments, *more)
+        assert status == 2
+        assert "holds proposal_00007.json" in err
+        assert foreign.read_text() == "as CLEVRER published it"
+
+
+def test_a_run_that_was_killed_before_its_proposal_goes_on(run, tmp_path, clip, monkeypatch):
+    arguments = ("--data", clip, "--out", tmp_path / "out", "--proposals", tmp_path / "proposals")
+    write = outputs.atomic_write
+
+    def killed(path):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        return write(path)
+
+    monkeypatch.setattr(outputs, "atomic_write", killed)
+    assert run(*arguments)[0] == 130
+    assert not list((tmp_path / "proposals").glob("*"))
+    monkeypatch.undo()
     assert run(*arguments, "--resume")[0] == 0
-    assert json.loads(foreign.read_text())["video_index"] == 7
+    assert json.loads((tmp_path / "proposals/proposal_00007.json").read_text())["frames"]
+    assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
 
 
 def test_a_run_without_masks_leaves_none_of_another_beside_its_table(run, tmp_path, clip):

@@ -460,6 +460,20 @@ def test_masks_that_are_made_again_are_counted(run, tmp_path, data, ckpt):
     assert "made again" not in run(*arguments)[1]
     (tmp_path / "out/a/video_2/mask.npy").unlink()
     assert "2 of 3 videos have masks, which are made again" in run(*arguments)[1]
+    said = run(*arguments, "--no-masks", "--objects")[1]
+    assert "3 of 3 videos have masks, which --no-masks deletes, where there are any" in said
+    assert not list((tmp_path / "out").rglob("mask.npy"))
+
+
+def test_a_mask_that_stays_because_its_video_has_gone_bad_is_named(run, tmp_path, data, ckpt):
+    arguments = "--ckpt", ckpt, "--data", data, "--out", tmp_path / "out"
+    assert run(*arguments)[0] == 0
+    before = (tmp_path / "out/a/video_2/mask.npy").read_bytes()
+    (data / "a/video_2/image_1.png").write_bytes(b"no picture")
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert f"What a former run wrote in {tmp_path / 'out/a/video_2'} stays there." in err
+    assert (tmp_path / "out/a/video_2/mask.npy").read_bytes() == before
 
 
 def test_ctrl_c_says_how_to_go_on(run, tmp_path, data, ckpt, monkeypatch):
