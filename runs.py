@@ -1,4 +1,8 @@
-"""A run of training: how it begins or goes on, what is saved and said, how a signal stops it."""
+"""A run of training: how it begins or goes on, what is saved and said, how a signal stops it.
+
+What a checkpoint holds, who may go on from it and what is said about it belong together: so this is
+one long file.
+"""
 
 import copy
 import re
@@ -115,7 +119,7 @@ class Run:
         return run
 
     def restore(self, path: Path) -> None:
-        """Take the state that `save_last` wrote; UserError: it is of another network or seed."""
+        """Take the state that `save_last` wrote; UserError: another network, seed or split."""
         checkpoint = load_checkpoint(path)
         if "training" not in checkpoint:
             raise UserError(f"{path} holds no state to go on from: give another --out")
@@ -124,6 +128,12 @@ class Run:
         seed = checkpoint.get("seed", self.seed)
         if seed != self.seed:  # other videos would validate, and other batches follow
             raise UserError(f"{path} was begun with --seed {seed}: give that, or another --out")
+        held_out = self.facts.get("held_out")
+        if checkpoint.get("held_out", held_out) != held_out:  # it may have learned from them
+            raise UserError(
+                f"{path} was validated on other videos than --data now sets aside: give what it "
+                f"learned from, or begin anew with --init {path} and another --out"
+            )
         try:
             self._take(checkpoint)
         except Exception as error:  # nonsense in the place of numbers raises nearly anything

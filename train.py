@@ -14,11 +14,14 @@ every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in vali
 TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0, if they
 learned frames of this size: where training does not help, they are the best. SIGTERM and Ctrl-C
 stop it after the current step, with all of its state saved.
+
+The whole of training is told here, from its options to its last words: so this is one long file.
 """
 
 import argparse
 import copy
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -36,6 +39,7 @@ from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes, choose_device, compile_network, mixed_precision
+from files import digest
 from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
@@ -118,6 +122,8 @@ def parse_args() -> argparse.Namespace:
             "--resume keeps the run that --overwrite deletes: leave out one of them (a killed run "
             "with --overwrite that has saved no checkpoint yet begins again with --overwrite)"
         )
+    if args.proposals and args.data == DEMO_DATA:
+        parser.error("--proposals are labels of your own videos: give them as --data")
     if not -(2**63) <= args.seed < 2**64:
         parser.error("--seed must be below 2**64")
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
@@ -164,6 +170,7 @@ def main() -> None:
         facts={
             "data": str(args.data.resolve()),
             "seed": args.seed,
+            "held_out": digest(os.fsencode("\n".join(str(v.target) for v in val_videos))),
             "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
         },
         resume=args.out / LAST if args.resume else None,

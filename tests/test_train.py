@@ -312,6 +312,24 @@ def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
     assert (tmp_path / "Unet_checkpoint_last.pt").read_bytes() == before
 
 
+def test_a_run_goes_on_only_with_what_it_was_validated_on(finished, videos, tmp_path, call):
+    """Of other videos it may have learned from those that validate."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(finished, run)
+    shutil.copytree(videos, data, symlinks=True)
+    command = ("--out", run, "--num-epochs", 5, "--resume", *TINY)
+    status, said, _ = call(train, "--data", data, *command)  # renamed, but the same
+    assert status == 0
+    assert "nothing left to do" in said
+    for video in list(data.rglob("video_*")):
+        shutil.copytree(video, video.with_name(f"{video.name}0"))
+    before = (run / "Unet_checkpoint_last.pt").read_bytes()
+    status, _, err = call(train, "--data", data, *command)
+    assert status == 2
+    assert "Unet_checkpoint_last.pt was validated on other videos than --data now sets aside" in err
+    assert (run / "Unet_checkpoint_last.pt").read_bytes() == before
+
+
 def test_a_run_without_its_last_state_is_not_begun_anew_over_it(finished, videos, tmp_path, call):
     shutil.copy(finished / "Unet_checkpoint_epoch_5.pt", tmp_path)
     status, _, err = call(train, "--data", videos, "--out", tmp_path, "--resume", *TINY)
