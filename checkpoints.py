@@ -135,7 +135,9 @@ def _as_ours(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint.get(name), dict):
             state = checkpoint[name]
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not state or not all(isinstance(name, str) for name in state):
+        return checkpoint
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
         return checkpoint
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
         state = {name[len(prefix) :]: value for name, value in state.items()}

@@ -104,6 +104,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(141)
     except (UserError, OSError) as error:
         text = str(error) if isinstance(error, UserError) else refused(error)
+        if text.startswith("Caught "):  # in a process that reads: torch puts its traceback before
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
         print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -156,10 +158,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print a sentence and exit with status 2."""
-        for other, own in HINTS.items():
-            given = other in (argument.partition("=")[0] for argument in sys.argv[1:])
-            if given and own in self._option_string_actions:
-                message += f" ({other} is {own} here)"
+        for given in dict.fromkeys(argument.partition("=")[0] for argument in sys.argv[1:]):
+            own = HINTS.get(given, given.replace("_", "-"))
+            if own != given and own in self._option_string_actions:
+                message += f" ({given} is {own} here)"
         super().error(message)
 
 

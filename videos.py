@@ -354,11 +354,18 @@ def _name_faults(video: Video) -> list[str]:
     if len(kinds) > 1:
         faults.append(f"{video}: frames of several kinds: {_few(kinds.values())}: keep one.")
     if video.labelled and video.missing:
-        names = _few(f"image_{n}.png" for n in video.missing)
+        names = _few(_renumbered(video.names[0], n) for n in video.missing)
         faults.append(f"{video}: missing frame: {names}.")
     if len(numbers) < len(video.names):
         faults.append(f"{video}: two frames have the same number.")
     return faults
+
+
+def _renumbered(name: str, number: int) -> str:
+    """Return the name of a frame with another number, of as many digits if it begins with 0."""
+    digits = re.search(r"([0-9]+)\.[A-Za-z]+$", name)
+    width = len(digits[1]) if digits[1].startswith("0") else 1
+    return f"{name[: digits.start()]}{number:0{width}}{name[digits.end(1) :]}"
 
 
 def read_labels(

@@ -155,6 +155,12 @@ def test_a_whole_model_is_named_as_what_it_is(tmp_path):
         load_checkpoint(tmp_path / "x.pt")
 
 
+def test_weights_without_names_are_a_sentence(tmp_path):
+    torch.save(dict(enumerate(torch.nn.Linear(2, 2).parameters())), tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"net\.pt"):
+        load_checkpoint(tmp_path / "net.pt")
+
+
 @pytest.mark.parametrize("inside", [None, "state_dict"])
 def test_weights_of_another_network_are_named_as_such(tmp_path, inside):
     state = torch.nn.Sequential(torch.nn.Linear(2, 2)).state_dict()

@@ -42,6 +42,7 @@ def test_an_option_of_other_projects_is_hinted_at(call):
     status, _, err = call(train, "--lr", "0.1")
     assert status == 2
     assert "unrecognized arguments: --lr 0.1 (--lr is --learning-rate here)" in err
+    assert "(--num_epochs is --num-epochs here)" in call(train, "--num_epochs", "3")[2]
     status, _, err = call(infer, "--data", "data", "--output=masks")
     assert status == 2
     assert "required: --out (--output is --out here)" in err

@@ -12,6 +12,12 @@ from conftest import ROOT
 import utils
 from utils import Stopped, UserError, run_script
 
+OF_A_WORKER = (  # as torch says it
+    "Caught UserError in DataLoader worker process 0.\n"
+    'Original Traceback (most recent call last):\n  File "x.py", line 1\n'
+    "utils.UserError: a.png: unreadable, replace it: or delete it\n"
+)
+
 
 @pytest.mark.parametrize(
     ("outcome", "status", "said"),
@@ -19,6 +25,7 @@ from utils import Stopped, UserError, run_script
         (None, 0, ""),
         (1, 1, ""),
         (UserError("a.png: unreadable,\n replace it"), 2, "error: a.png: unreadable, replace it\n"),
+        (UserError(OF_A_WORKER), 2, "error: a.png: unreadable, replace it: or delete it\n"),
         (PermissionError(13, "Permission denied", "a.npy"), 2, "error: a.npy: Permission denied: "),
         (
             OSError(28, "No space left on device", "a.npy"),

@@ -350,6 +350,14 @@ def test_a_large_number_is_no_endless_list_of_gaps(tmp_path):
     )
 
 
+def test_a_gap_is_named_as_the_other_frames_are(tmp_path):
+    video = make_video(tmp_path / "video_1", frames=3)
+    for t in (0, 2):
+        (video / f"image_{t}.png").rename(video / f"frame_{t:03}.png")
+    (video / "image_1.png").unlink()
+    assert "missing frame: frame_001.png." in inspect_video(list_video(video)).faults[0]
+
+
 # The report
 
 
