@@ -70,6 +70,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware computes in bfloat16; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return getattr(getattr(torch, device.type, None), "is_bf16_supported", lambda: False)()
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 

@@ -48,10 +48,9 @@ def are_stills(ground: Tensor, objects: Tensor, evidence: Tensor) -> bool:
     differ = compared & (shared < IN_COMMON * fewer)
     if len(differ) > 2 * compared.sum() or 2 * differ.sum() <= compared.sum():  # nearly always
         return False
-    busy = F.max_pool2d(objects[:, None].float(), BLOCK, ceil_mode=True)[:, 0].numpy() > 0
     ground = ground.float().numpy()
     for t in np.flatnonzero(differ & ((shared > 0) | (fewer < STRANGERS))):
-        free = ~(busy[t] | busy[t + 1])
-        moved = np.abs(ground[t + 1] - ground[t])[free]
+        busy = F.max_pool2d(objects[t : t + 2].float(), BLOCK, ceil_mode=True).any(dim=0)
+        moved = np.abs(ground[t + 1] - ground[t])[~busy.numpy()]
         differ[t] = len(moved) == 0 or np.median(moved) > GROUND
     return 2 * int(differ.sum()) > int(compared.sum())

@@ -293,6 +293,9 @@ class _Backend(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
+    def is_bf16_supported(self) -> bool:  # its arithmetic is the CPU's
+        return torch.cpu._is_avx512_bf16_supported()
+
 
 def _register() -> None:
     """Tell the dispatcher: run() for all operations, and what needs more than that."""
