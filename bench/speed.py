@@ -109,6 +109,7 @@ def network_call(
     arithmetic = nullcontext() if precision == "fp32" else devices.mixed_precision(frames.device)
     if not training:
         model = model.eval().fuse().to(memory_format=LAYOUTS[layout])
+        model = model if precision == "fp32" else model.bfloat16()  # as for_labelling does
 
         def label() -> None:
             with arithmetic:
