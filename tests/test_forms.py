@@ -217,7 +217,8 @@ def test_windows_hold_all_cells_and_lie_in_the_picture(scale):
         for windows in cover(cells, scale, size):
             assert list(windows.frame) == sorted(windows.frame)
             for (n, y, x), (rows, columns) in zip(windows.corners(), windows.inner(), strict=True):
-                assert (y + windows.sides[0], x + windows.sides[1]) <= windows.picture
+                assert 0 <= y <= windows.picture[0] - windows.sides[0]
+                assert 0 <= x <= windows.picture[1] - windows.sides[1]
                 held[n, y:, x:][rows, columns] = True
         pixels = held[cells[0], 2 * scale * cells[1], 2 * scale * cells[2]]
         assert pixels.all()

@@ -1,9 +1,11 @@
 """Objects are followed: synthetic scenes whose right labels are worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import tracks
 from classes import CLASS_NAMES, FACTOR_SIZES, factors
 from objects import DROP_PIXELS, follow
 from outputs import table
@@ -253,12 +255,22 @@ def test_a_thousand_frames():
     assert all(scene.classes(found, t, name=2) == {BLUE_BALL} for t in range(0, 1000, 50))
 
 
-def test_noise_is_labelled_in_bounded_time():
+def test_noise_falls_into_so_many_parts_at_most(monkeypatch):
+    """Its time is that of a scene."""
+    counts, cut = [], tracks.cut
+
+    def counted(cells, *others):
+        part = cut(cells, *others)
+        counts.extend(len(np.unique(part[cells.frame == t])) for t in np.unique(cells.frame))
+        return part
+
+    monkeypatch.setattr(tracks, "cut", counted)
     generator = torch.Generator().manual_seed(0)
     objects = torch.rand(20, 160, 240, generator=generator) < 0.2
     evidence = 3 * torch.randn(int(occupied(objects).sum()), 13, generator=generator)
     found = follow(objects, evidence)
     assert not found.labels[~objects].any()
+    assert max(counts) == tracks.MOST_PARTS + 1  # that of what is left of a frame
     assert found.labels.equal(follow(objects, evidence).labels)
 
 

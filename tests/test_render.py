@@ -129,7 +129,7 @@ def test_a_lamp_stands_white_in_the_flat_top_of_metal(put, colour):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_no_shadow_is_left_out(share, monkeypatch):
-    """Lamps of CLEVRER's videos, and CLEVR's, which are low: as if each object were looked at."""
+    """Lamps of CLEVRER's videos, and CLEVR's, which are low: as if all near ones were looked at."""
     monkeypatch.setattr(scene, "CLEVR_LIKE", share)
     pictures, kept = [], []
 
