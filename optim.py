@@ -73,16 +73,13 @@ def update_bn(batches: Iterable[Tensor], model: nn.Module, processes: Processes)
 
 
 class MuonAdamW:
-    """Muon for the convolutions, AdamW for the heads, which are 1x1, and the rest.
+    """Muon for the 3x3 convolutions, AdamW for the rest.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix by its
-    orthogonalised momentum; a convolution is a matrix (out, in * k * k), and the step is scaled so
+    orthogonalised momentum; a convolution is a matrix (out, in * 3 * 3), and the step is scaled so
     that AdamW's learning rate fits (Liu et al. 2025, https://arxiv.org/abs/2502.16982). As
     torch.optim.Muon, which takes no convolutions, and computes in bfloat16 even where the hardware
     has none.
-
-    Shortcuts are 1x1, too, but Muon's: nothing normalises them, and AdamW, which moves all weights
-    of a channel by as much, makes most channels of the deepest block negative for good.
 
     A GPU would take longer to start so many small operations than to do them: there all matrices
     are orthogonalised in one stack, on a CPU those with as many rows, and momentum and decay are
@@ -98,17 +95,13 @@ class MuonAdamW:
     def __init__(self, model: nn.Module, l2_sp: float = 0.0):
         self.weights, self.l2_sp = list(model.parameters()), l2_sp
         self.start = [weight.detach().clone() for weight in self.weights] if l2_sp else []
-        named = [(name, p) for name, p in model.named_parameters() if p.ndim == 4]
-        filters = [p for name, p in named if p.shape[-1] > 1 or name.endswith("shortcut.weight")]
-        self._divide([p for p in filters if p.shape[1] > 1])  # one channel makes no matrix
-
-    def _divide(self, filters: list[Tensor]) -> None:
-        """Give filters to Muon, all other weights to AdamW."""
-        self.filters, chosen = filters, set(map(id, filters))
-        rest = [weight for weight in self.weights if id(weight) not in chosen]
+        filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
+        self.filters = [p for p in filters if p.shape[1] > 1]  # one channel makes no matrix
+        chosen = {id(p) for p in self.filters}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
         self.adamw = AdamW(rest, weight_decay=WEIGHT_DECAY, fused=True)
-        self.velocities = [torch.zeros_like(weight) for weight in filters]
-        self.stacks = [Stack(group) for group in _groups(filters)]
+        self.velocities = [torch.zeros_like(p) for p in self.filters]
+        self.stacks = [Stack(group) for group in _groups(self.filters)]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -140,9 +133,7 @@ class MuonAdamW:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, here or where Muon had the 3x3 convolutions alone."""
-        if len(state["velocities"]) < len(self.filters):
-            self._divide([weight for weight in self.filters if weight.shape[-1] == 3])
+        """Restore what `state_dict` returned."""
         self.adamw.load_state_dict(state["adamw"])
         for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
             velocity.copy_(saved)
@@ -154,7 +145,7 @@ class Stack:
     """Filters that are orthogonalised together, and the memory for it.
 
     Args:
-        filters: (out, in, k, k) each. Their matrices (out, in * k * k) lie on their longer side;
+        filters: (out, in, 3, 3) each. Their matrices (out, in * 9) lie on their longer side;
             smaller ones are filled with zeros, which stay zeros.
     """
 
