@@ -135,9 +135,8 @@ def _as_ours(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint.get(name), dict):
             state = checkpoint[name]
-    if not state or not all(isinstance(name, str) for name in state):
-        return checkpoint
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = (isinstance(k, str) and isinstance(x, torch.Tensor) for k, x in state.items())
+    if not state or not all(named):
         return checkpoint
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
         state = {name[len(prefix) :]: value for name, value in state.items()}

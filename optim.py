@@ -179,10 +179,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     meet the long ones once. Float32: gram has the squares of the singular values.
 
     Momentum of a channel that has died fades to numbers so small that a CPU needs a hundred times
-    as long for their products (denormal ones): what is below NOTHING is left out.
+    as long for their products (denormal ones): what is below NOTHING is left out there.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    x = F.hardshrink(matrices / norms.clamp(min=1e-7), NOTHING)
+    x = matrices / norms.clamp(min=1e-7)
+    x = F.hardshrink(x, NOTHING) if x.device.type == "cpu" else x
     a, b, c = NEWTON_SCHULZ
     gram, product = x @ x.mT, None
     for _ in range(STEPS):

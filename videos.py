@@ -32,6 +32,7 @@ from utils import UserError
 
 FRAME_NAME = re.compile(r"image_[0-9]+\.png")  # the usual name
 OTHER_NAME = re.compile(r"(?:frame_|image_)?[0-9]+\.(?:png|jpe?g)", re.IGNORECASE)
+NUMBER = re.compile(r"([0-9]+)\.[A-Za-z]+$")  # in the name of a frame
 DATA_KINDS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"), "pictures"),
     **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pt"), "arrays"),
@@ -131,7 +132,7 @@ class Frame(NamedTuple):
 
 def number_of(name: str) -> int:
     """Return the number in the name of a frame."""
-    return int(re.search(r"([0-9]+)\.[A-Za-z]+$", name)[1])
+    return int(NUMBER.search(name)[1])
 
 
 def natural_key(path: str | Path) -> list[list[str | int]]:
@@ -363,7 +364,7 @@ def _name_faults(video: Video) -> list[str]:
 
 def _renumbered(name: str, number: int) -> str:
     """Return the name of a frame with another number, of as many digits if it begins with 0."""
-    digits = re.search(r"([0-9]+)\.[A-Za-z]+$", name)
+    digits = NUMBER.search(name)
     width = len(digits[1]) if digits[1].startswith("0") else 1
     return f"{name[: digits.start()]}{number:0{width}}{name[digits.end(1) :]}"
 

@@ -1,7 +1,7 @@
 """How good each network is after the same minutes of train.py's recipe: `benchmark.py --minutes`.
 
 All have the same batches and the rate for batches of 16; unlike train.py nothing gathers the batch
-statistics of the averaged weights anew, which after the first minute changes little.
+statistics of the averaged weights anew.
 The clock stands still while a network is looked at. On a CPU it counts the time for which this
 process had cores, shared by its threads, so that other programs take nothing from a network.
 """
