@@ -13,6 +13,7 @@ from classes import NUM_CLASSES
 
 CROPS_PER_FRAME = 2  # more frames teach more than more crops of each
 CROP_SIZE = 96  # pixels: some four objects wide, so that a crop shows neighbours and shadows
+EXACT = 0.75  # share of crops whose pixels are the frame's own: as sharp as what is labelled later
 STRIDE = 2  # every second pixel each way is enough to choose an object by
 SCALE = 0.22  # e^0.22 = 1.25: an object at half or at twice the distance is no harder than that
 ASPECT = 0.05  # e^0.05: cameras differ in that less
@@ -32,7 +33,7 @@ NOISE = 0.063  # standard deviation at most, 16 steps of 8 bits; half have a six
 def augment(
     images: Tensor, masks: Tensor, crops: int = CROPS_PER_FRAME, size: int = CROP_SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Return random crops of frames and of their masks, changed jointly.
+    """Return random crops of frames and of their masks; every second one has another camera.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -44,7 +45,8 @@ def augment(
         (crops * B, 3, size, size) float in [0, 1], and (crops * B, size, size) uint8.
     """
     images, masks = random_object_crops(images, masks, crops, size)
-    return random_camera(images), masks
+    images[::2] = random_camera(images[::2])  # with two of each frame, one of them stays as it is
+    return images, masks
 
 
 def random_object_crops(
@@ -53,8 +55,8 @@ def random_object_crops(
     """Cut square crops around random objects out of every frame; arguments as of `augment`.
 
     Every kind of object in a frame is as likely as any other, however small; it lies anywhere in
-    the crop, which is scaled and stretched at random. Images are sampled bilinearly, masks by the
-    nearest pixel.
+    the crop. Most are cut out as they are, the others scaled and stretched at random: images are
+    sampled bilinearly, masks by the nearest pixel.
     """
     grid = _crop_grid(masks, crops, min(size, *masks.shape[1:]))
     images = _sample(images, grid, "bilinear") / 255
@@ -77,10 +79,13 @@ def _crop_grid(masks: Tensor, crops: int, size: int) -> Tensor:
     x, y = STRIDE * (chosen % columns), STRIDE * (chosen // columns)
     half_x = half * torch.exp(uniform(SCALE))
     half_y = half_x * torch.exp(uniform(ASPECT))
+    exact = torch.rand(batch, crops, 1, device=device) < EXACT
+    half_x, half_y = (torch.where(exact, half, side) for side in (half_x, half_y))
     x = x + uniform(OFFSET) * half_x
     y = y + uniform(OFFSET) * half_y
     x = torch.maximum(torch.minimum(x, width - half_x), half_x)  # stay inside the frame
     y = torch.maximum(torch.minimum(y, height - half_y), half_y)
+    x, y = (torch.where(exact, half + (middle - half).round(), middle) for middle in (x, y))
     line = (torch.arange(size, device=device) + 0.5) / half - 1  # -1..1 over the crop
     x = (x + half_x * line) * 2 / width - 1  # (B, crops, size)
     y = (y + half_y * line) * 2 / height - 1

@@ -20,6 +20,25 @@ def test_augmentation_moves_image_and_mask_together():
     assert torch.equal(shown.round()[flat], ids[flat].float())
 
 
+def test_most_crops_are_pieces_of_the_frame_and_every_second_one_has_its_camera():
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (2, 3, 41, 60), dtype=torch.uint8)
+    masks = torch.randint(0, 49, (2, 41, 60), dtype=torch.uint8)
+    crops, ids = augment(images, masks, crops=64, size=17)
+    pieces = images.unfold(2, 17, 1).unfold(3, 17, 1).movedim(1, 3)  # (2, 25, 44, 3, 17, 17)
+    pieces = {p.numpy().tobytes(): masks[n, y : y + 17, x : x + 17]
+              for n, rows in enumerate(pieces) for y, row in enumerate(rows)
+              for x, p in enumerate(row)}  # fmt: skip
+    found = 0
+    for crop, mask in zip(crops[1::2], ids[1::2], strict=True):
+        piece = pieces.get((255 * crop).round().byte().numpy().tobytes())
+        found += piece is not None
+        assert piece is None or torch.equal(piece, mask)
+    assert 0.6 * 64 < found < 0.9 * 64
+    changed = [(255 * crop).round().byte().numpy().tobytes() not in pieces for crop in crops[::2]]
+    assert all(changed)
+
+
 def test_every_crop_has_an_object_where_the_frame_has_one():
     torch.manual_seed(0)
     mask = torch.zeros(4, 160, 240, dtype=torch.uint8)
