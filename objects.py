@@ -24,7 +24,8 @@ from torch import Tensor
 from classes import FACTOR_SIZES, NUM_KINDS
 from tracks import MEMBERS, TOLERANCE, Parts, likeliest, link, occupied, parts_of, sums
 
-NEW_CLASS = 4.0  # nats that a further class of the video costs
+NEW_CLASS = 4.0  # nats that a further class of the video costs ...
+HIDDEN = 0.7  # ... and times ln(all frames / those it is seen in) what never shows whole costs more
 APART = 0.6  # nats against one object being seen in two pieces
 CONFLICT = 30.0  # nats against two objects of one class
 SIZE = (14.0, 0.24)  # extent of an object, at most, with its lower end in row y: 14 + 0.24 y
@@ -129,14 +130,15 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     np.maximum.at(most, track, parts.pixels)
     chance = UNRELIABLE / (2 * UNRELIABLE + seen * most)
     cost = -np.log((1 - chance[:, None]) * p + chance[:, None] / NUM_KINDS)
-    drop = np.where(most <= DROP_PIXELS, NEW_CLASS + DROP, np.inf)
+    new = new_class_cost(parts, track)
+    drop = np.where(most <= DROP_PIXELS, new + DROP, np.inf)
 
     drop[is_speck(parts, track, most)] = -np.inf
     twins = are_twins(parts, track, cost)
     pairs = np.where(twins, 0, conflict_cost(parts, track))
 
     order = np.argsort(-seen * most, kind="stable")
-    assignment = Assignment(cost, drop, pairs, order)
+    assignment = Assignment(cost, new, drop, pairs, order)
     assignment.improve()
     # An object is as sure of its class as its tracks are by themselves, each by its pixels.
     kind, pixels = assignment.kind, np.bincount(track, parts.pixels)
@@ -146,6 +148,18 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
         for k in np.unique(kind[kind >= 0])
     }
     return kind, confidence
+
+
+def new_class_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
+    """Return what it costs that each track is of a class that no other one has, (k,), in nats.
+
+    Objects do not come and go in the midst of a scene: what is seen in few of its frames, always
+    beside another object and never at the edge, is likelier a misread piece of what else is there.
+    """
+    lengths = np.bincount(np.unique(np.stack([track, parts.frame]), axis=1)[0])
+    few = np.log(len(np.unique(parts.frame)) / lengths)
+    few[track[parts.free() | parts.at_edge]] = 0
+    return NEW_CLASS + HIDDEN * few
 
 
 def is_speck(parts: Parts, track: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -208,13 +222,21 @@ class Assignment:
 
     Args:
         cost: (k, 48) of each kind for each track, in nats.
+        new: (k,) more of a kind that no other track has.
         drop: (k,) of none.
         pairs: (k, k) of track k being of the same kind as track l.
         order: (k,) the tracks, those that are known best first.
     """
 
-    def __init__(self, cost: np.ndarray, drop: np.ndarray, pairs: np.ndarray, order: np.ndarray):
-        self.cost, self.drop, self.pairs, self.order = cost, drop, pairs, order
+    def __init__(
+        self,
+        cost: np.ndarray,
+        new: np.ndarray,
+        drop: np.ndarray,
+        pairs: np.ndarray,
+        order: np.ndarray,
+    ):
+        self.cost, self.new, self.drop, self.pairs, self.order = cost, new, drop, pairs, order
         self.kind = np.full(len(cost), -1)
         self.member = np.zeros_like(cost)  # 1 where a track is of a kind
 
@@ -227,7 +249,7 @@ class Assignment:
 
     def costs(self, k: int) -> np.ndarray:
         """Return what each kind costs for track k, as things are, (48,); k must be of none."""
-        return self.cost[k] + self.pairs[k] @ self.member + NEW_CLASS * ~self.member.any(axis=0)
+        return self.cost[k] + self.pairs[k] @ self.member + self.new[k] * ~self.member.any(axis=0)
 
     def descend(self, tracks: np.ndarray) -> None:
         """Give each of `tracks` its best kind in turn, until nothing changes."""

@@ -31,7 +31,7 @@ MOST_PARTS = 64  # of a frame; what is left of one that falls into more counts a
 # Links.
 DISTANCE = 11.0  # that weighs as much as one nat of evidence; objects move up to 20 a frame
 STRANGE = 3.0  # nats; parts that differ more are not linked
-LEAST_ALIKE = (0.2, 0.2, 0.02)  # Bhattacharyya coefficients of shapes, materials and colours
+LEAST_ALIKE = (0.3, 0.3, 0.02)  # Bhattacharyya coefficients of shapes, materials and colours
 UNSURE_SIZE = 0.5  # weight of a change in size where something may hide a part; 1 elsewhere
 PATCH_SLACK = 4.0  # a patch may make its object this much longer than in the frame before ...
 PATCH_PIXELS = 10.0  # ... and so much larger
@@ -353,8 +353,9 @@ class _Linker:
         self.span, self.pixels = parts.span.copy(), parts.pixels.copy()
         self.track = np.full(count, -1)
         self.tracks = 0
-        roots = np.exp(parts.evidence / 2)  # of probabilities
-        self.looks = np.split(roots, np.cumsum(FACTOR_SIZES)[:-1], axis=1)
+        roots = np.exp(parts.evidence / 2)  # of geometric means, whose sum is less than 1
+        by_factor = np.split(roots, np.cumsum(FACTOR_SIZES)[:-1], axis=1)
+        self.looks = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in by_factor]
         self.free = parts.free()
 
     def step(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -73,6 +73,28 @@ def test_a_brief_object_keeps_its_class():
     assert scene.classes(found, 5) == {RED_CUBE}
 
 
+@pytest.mark.parametrize(("x", "seen_as"), [(110, RED_CUBE), (95, RED_BALL)])
+def test_a_piece_of_an_object_is_believed_less_than_one_seen_whole(x, seen_as):
+    """For a moment it is on its way past another, behind it or beside it, and reads otherwise."""
+    scene = Scene(12)
+    for t in range(12):
+        place = 30 if t < 5 else 190 if t > 5 else x
+        scene.box(t, place, 60, RED_BALL if t == 5 else RED_CUBE, sure=5.2)
+        scene.box(t, 120, 60, BLUE_BALL, size=24, name=2)
+    found = scene.follow()
+    assert scene.classes(found, 5) == {seen_as}
+    assert scene.classes(found, 5, name=2) == {BLUE_BALL}
+
+
+def test_parts_that_read_alike_are_alike_however_unsure_they_are():
+    """The geometric means of what cells say add up to less than 1, by as much as they disagree."""
+    twice = np.array([2, 2])
+    unsure = np.log(np.full((2, 13), 0.1))
+    span = np.repeat([[[60.0, 79.0, 69.5], [60.0, 79.0, 69.5]]], 2, axis=0)
+    parts = tracks.Parts(np.arange(2), span, twice * 200.0, twice < 0, unsure, twice[:0])
+    assert tracks._Linker(parts).differences(np.array([0]), np.array([1])) == pytest.approx(0)
+
+
 @pytest.mark.parametrize("first", [1, -1])
 def test_an_object_that_the_frame_cuts_gets_the_class_it_has_in_full_view(first):
     scene = Scene(8)
