@@ -32,7 +32,8 @@ for precision in (False, True):
         labeller = Labeller(model.UNet.load(sys.argv[1]), where)
         pretend.reset()
         labels.append(labeller.label([frames])[0].labels)
-    assert labels[-1].any() and torch.equal(*labels[-2:])
+    objects, differ = (labels[-1] > 0).sum(), (labels[-2] != labels[-1]).sum()
+    assert objects and differ <= precision * 1e-4 * objects  # in bfloat16 one pixel in 10,000
 kernels, waits, copies = pretend.counts()
 print(json.dumps([sum(kernels.values()), waits, copies]))
 """
