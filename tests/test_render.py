@@ -232,7 +232,7 @@ def test_version_of_the_renderer_rises_with_its_bytes():
     """
     frames, masks = render.render_video(6, (12, 12), num_frames=1)
     ids, areas = masks.unique(return_counts=True)
-    assert render.RENDERER == 6
+    assert render.RENDERER == 7
     assert ids.tolist() == [0, 3, 39, 40, 42, 48]
     assert areas.tolist() == pytest.approx([35934, 502, 654, 48, 436, 826], abs=3)
     assert frames.float().mean((0, 2, 3)).tolist() == pytest.approx(

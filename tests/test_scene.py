@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from classes import CLASS_NAMES
 from synthetic.scene import FOOTPRINT, SPOT, SPOT_SPREAD, make_scene, place, simulate
@@ -62,6 +63,17 @@ def test_in_some_videos_metal_begins_where_it_shows_a_lamp_and_in_some_sizes_dif
         assert scene.centre[0, ~is_ball, 2].equal(height[~is_ball])
     assert 0.25 < np.mean(spotted) < 0.6
     assert 0.04 < np.mean(sized) < 0.25
+
+
+def test_objects_of_scenes_like_clevr_have_its_two_sizes(monkeypatch):
+    """CLEVR's render_images.py: radii 0.7 and 0.35, of a cube's half edge over the root of 2."""
+    monkeypatch.setattr("synthetic.scene.CLEVR_LIKE", 1.0)
+    found = [make_scene(np.random.default_rng(s), (9, 9), 1, 240, "cpu") for s in range(4)]
+    shapes = np.concatenate([(s.ids - 1) // 16 for s in found])
+    heights = torch.cat([s.centre[0, :, 2] for s in found]).numpy()  # what rests on the ground
+    cubes, spheres = (np.unique(heights[shapes == shape].round(2)) for shape in (0, 1))
+    assert cubes == pytest.approx([0.35 / 2**0.5, 0.7 / 2**0.5], abs=0.01)
+    assert spheres == pytest.approx([0.35, 0.7], abs=0.01)
 
 
 def test_shadows_of_scenes_like_clevr_fall_to_the_left_too():
