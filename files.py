@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,11 +94,9 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
     """
     if fcntl is None:  # whether a writer lives is not known
         return
-    begin = "." if name is None else f".{name}."
+    leftover_of = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for leftover in [e.path for e in entries if e.name.startswith(begin)]:
-            if not leftover.endswith(".tmp"):
-                continue
+        for leftover in [e.path for e in entries if leftover_of.fullmatch(e.name)]:
             with contextlib.suppress(OSError):  # its writer lives, or it is somebody else's
                 lock = os.open(leftover, os.O_RDWR)
                 try:

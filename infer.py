@@ -134,9 +134,11 @@ def plan(roots: list[Path], outputs: Outputs, every: int, shard: tuple[int, int]
             print(f"{there} of {len(videos)} videos have masks, which {what} (--resume: kept)")
         return videos
     pending, reasons = outputs.pending(videos)
-    print(f"{len(videos) - len(pending)} of {len(videos)} videos have their masks already")
+    done = f"{len(videos) - len(pending)} of {len(videos)} videos"
+    print(f"{done} {'have their masks already' if outputs.form else 'are done already'}")
     for reason, count in reasons.items():
-        print(f"masks of {counted(count, 'video')} are made again: {reason}")
+        what = "masks" if outputs.form else "files"
+        print(f"{what} of {counted(count, 'video')} are made again: {reason}")
     return pending
 
 
@@ -194,7 +196,7 @@ def parse_args() -> argparse.Namespace:
         "(default: what --ckpt was trained on, which the shipped weights do not say)",
     )
     add("--objects", action="store_true", help="also write the objects that were followed")
-    add("--resume", action="store_true", help="keep the masks that --out holds, do the rest")
+    add("--resume", action="store_true", help="keep what is whole in --out, do the rest")
     add(
         "--format",
         choices=("npy", "npz"),
@@ -202,7 +204,9 @@ def parse_args() -> argparse.Namespace:
         help="of masks: npz is compressed, a hundredth of the size (default: %(default)s)",
     )
     add(
-        "--proposals", type=Path, help="folder for run lengths, as CLEVRER has them (default: none)"
+        "--proposals",
+        type=Path,
+        help="folder to write proposal_00000.json, ... to, as CLEVRER has them (default: none)",
     )
     add(
         "--no-masks",
@@ -217,7 +221,7 @@ def parse_args() -> argparse.Namespace:
         help="3/16: the third of sixteen shares of the videos (default: all of them)",
     )
     add = parser.add_argument_group("labelling").add_argument
-    add("--every", type=at_least(1), default=1, help="take each so many-th frame (default: all)")
+    add("--every", type=at_least(1), default=1, help="6: take every sixth frame (default: all)")
     add("--no-consistency", action="store_true", help="label each frame by itself")
     add(
         "--scale",

@@ -103,6 +103,8 @@ class Labeller:
         if not videos:
             return []
         numbers = numbers or [range(len(video)) for video in videos]
+        if [len(part) for part in numbers] != [len(video) for video in videos]:
+            raise UserError("numbers are not one for each frame of each video: give those, or none")
         views = self.scale.views(*videos[0].shape[2:])
         if len(views) == 1 and not any(may_have_bars(video[0]) for video in videos):
             frames = torch.cat(list(videos))
@@ -247,7 +249,7 @@ class Labeller:
             shown = f"{size_text(view.own)} of {size_text(labels.shape[1:])}"
             remarks.append(f"bars along the sides are background: pictures are {shown}")
         said = list(filter(None, remarks))
-        return found._replace(labels=labels, numbers=list(numbers), remarks=said)
+        return found._replace(labels=labels, numbers=list(numbers), bars=tuple(box), remarks=said)
 
     def draw(
         self, drawn: Tensor, labels: Tensor, objects: Tensor, evidence: Tensor, details: Details

@@ -48,6 +48,7 @@ class Objects(NamedTuple):
     confidence: dict[int, float]  # by class id, 0..1: how sure what is seen of it is of that class
     numbers: Sequence[int] | None = None  # (T,) those of the frames; None: from 0
     seconds: Sequence[float | None] | None = None  # (T,) of a clip, since its start
+    bars: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels left, right, above, below the picture
     stills: bool = False  # whether they are pictures of different scenes, each labelled alone
     remarks: Sequence[str] = ()  # what is done to all frames of its size, for people to read
 

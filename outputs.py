@@ -25,6 +25,7 @@ from videos import MASKS, Video, list_video
 
 TABLE, RECORD = "objects.csv", "mask.json"
 SAID = {"mask": "mask", "table": TABLE, "proposal": "proposal"}
+OUTDATED = "outdated"  # in the place of a digest: a proposal that another run made, of other masks
 CHANGES = {  # what differs from the record, and how that is said
     "checkpoint": "another checkpoint made them",
     "options": "other options made them",
@@ -47,7 +48,7 @@ class Row(NamedTuple):
     right: int
     bottom: int
     pixels: int
-    at_edge: int  # 1 where it touches the frame's edge, which may hide some of it
+    at_edge: int  # 1 where it touches the picture's edge, which may hide some of it
     confidence: float
     number: int  # of the frame, in its name
     seconds: float | str  # of a frame of a clip, since its start; else ""
@@ -57,6 +58,8 @@ def table(objects: Objects) -> list[Row]:
     """Return a row for each object and frame, by frame and number."""
     labels = objects.labels.numpy()
     _, height, width = labels.shape
+    first_column, last_column, first_row, last_row = objects.bars
+    last_column, last_row = width - 1 - last_column, height - 1 - last_row
     where = np.flatnonzero(labels)
     if not len(where):
         return []
@@ -94,7 +97,12 @@ def table(objects: Objects) -> list[Row]:
             right=right,
             bottom=bottom,
             pixels=count,
-            at_edge=int(left == 0 or top == 0 or right == width - 1 or bottom == height - 1),
+            at_edge=int(
+                left == first_column
+                or top == first_row
+                or right == last_column
+                or bottom == last_row
+            ),
             confidence=round(objects.confidence.get(class_id, 0.0), 4),
             number=numbers[frame],
             seconds="" if seconds[frame] is None else round(seconds[frame], 3),
@@ -130,6 +138,14 @@ def read_confidence(folder: Path) -> dict[int, float]:
 def provenance(checkpoint: str | None, **options: Any) -> dict[str, Any]:
     """Return what makes all masks of a run: the checkpoint's digest, the options, the version."""
     return {"checkpoint": checkpoint, "options": options, "version": VERSION}
+
+
+def is_whole(path: Path, recorded: str | None) -> bool:
+    """Return whether a file can be read and has the digest that was recorded."""
+    try:
+        return digest(path.read_bytes()) == recorded
+    except OSError:
+        return False
 
 
 class Outputs:
@@ -245,33 +261,31 @@ class Outputs:
         "missing" where there are none.
         """
         folder, files = self.folder(video), self.files(video)
+        masks = [folder / name for name in MASKS if (folder / name).is_file()]
         if not files.get("mask", folder / RECORD).is_file():
-            return "missing"
+            return "they are in another format" if self.form and masks else "missing"
         record = self._record(video)
-        try:
-            state = video.state()
-        except OSError:
-            state = None
-        if state is None or not {"mask", "table"} <= record.keys():
+        if not {"mask", "table"} <= record.keys():
             return "nothing tells what made them"
-        if reason := self._change(record, state):
+        if reason := self._change(record, video.state()):
             return reason
+        expected = list(files.items())
         if (folder / TABLE).is_file():  # of others, perhaps, where this run wants none
-            files["table"] = folder / TABLE
-        for what, path in files.items():
+            expected.append(("table", folder / TABLE))
+        expected += [("mask", path) for path in masks]
+        for what, path in expected:
             if not path.is_file():
                 return f"they have no {SAID[what]}"
-            if digest(path.read_bytes()) != record.get(what):
+            if not is_whole(path, record.get(what)):
                 return f"their {SAID[what]} is not what was written with them"
         return ""
 
     def save(self, video: Video, objects: Objects, state: list) -> None:
         """Write the files of a video: the record, then the table, the mask and the proposal.
 
-        A table, a record or a mask of a former run that is not written anew is deleted, but for a
-        mask that a resumed run without masks finds whole and still true. The record has the digests
-        of what is to be written, by which a run that goes on after a kill sees what is missing, and
-        any run that a proposal is its own.
+        The record has the digests of what is to be written, by which a run that goes on after a
+        kill sees what is missing, and any run that a proposal is its own. A table or a mask of a
+        former run that is not written anew is deleted, unless `_still_true` says otherwise.
 
         Args:
             video: Whose files they are.
@@ -282,28 +296,31 @@ class Outputs:
             OSError: with the name of what cannot be written.
         """
         folder, files = self.folder(video), self.files(video)
-        digests: dict[str, str | None] = {"mask": self._kept_mask(video, state), "table": None}
-        others = [name for name in MASKS if folder / name not in files.values()]
-        for name in [TABLE] if digests["mask"] else [RECORD, TABLE, *others]:
-            (folder / name).unlink(missing_ok=True)
         contents = {what: self._content(what, video, objects) for what in files}
-        digests |= {what: digest(content) for what, content in contents.items()}
-        record = {**self.origin, "frames": state, **digests}
-        write_json(folder / RECORD, record, compact=True)
+        digests: dict[str, str | None] = {what: digest(data) for what, data in contents.items()}
+        kept = self._still_true(video, state)
+        before = self._record(video)
+        digests = {"mask": None, "table": None, **{what: before[what] for what in kept}, **digests}
+        if before.get("proposal") and "proposal" not in digests:  # it is ours, wherever it is
+            digests["proposal"] = OUTDATED if self._change(before, state) else before["proposal"]
+        write_json(folder / RECORD, {**self.origin, "frames": state, **digests}, compact=True)
+        for path in {folder / name for name in (TABLE, *MASKS)} - {*files.values(), *kept.values()}:
+            path.unlink(missing_ok=True)
         for what, path in files.items():
             with atomic_write(path) as file:
                 file.write(contents[what])
 
-    def _kept_mask(self, video: Video, state: list) -> str | None:
-        """Return the digest of the mask that a resumed run without masks keeps, if there is one."""
-        if self.form or not self.resume:
-            return None
-        record = self._record(video)
-        if self._change(record, state):
-            return None
-        paths = (self.folder(video) / name for name in MASKS)
-        found = (digest(path.read_bytes()) for path in paths if path.is_file())
-        return next((mask for mask in found if mask == record.get("mask")), None)
+    def _still_true(self, video: Video, state: list) -> dict[str, Path]:
+        """Return the table and the mask that a resumed run keeps, though it writes none itself."""
+        folder, files, record = self.folder(video), self.files(video), self._record(video)
+        if not self.resume or self._change(record, state):
+            return {}
+        former = [("table", folder / TABLE), *(("mask", folder / name) for name in MASKS)]
+        return {
+            what: path
+            for what, path in former
+            if what not in files and path.is_file() and is_whole(path, record.get(what))
+        }
 
     def _content(self, what: str, video: Video, objects: Objects) -> bytes:
         if what == "proposal":

@@ -415,10 +415,10 @@ def test_without_masks_proposals_are_resumed_by_their_records(run, tmp_path, cli
     arguments = ("--data", clip, "--out", out, "--proposals", folder, "--no-masks")
     assert run(*arguments)[0] == 0
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["mask.json"]
-    assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
+    assert "1 of 1 videos are done already" in run(*arguments, "--resume")[1]
     (folder / "proposal_00007.json").write_text("{}")
     said = run(*arguments, "--resume")[1]
-    assert "made again: their proposal is not what was written with them" in said
+    assert "files of 1 video are made again: their proposal is not what was written" in said
     assert json.loads((folder / "proposal_00007.json").read_text())["frames"]
 
 
@@ -443,13 +443,65 @@ def test_a_run_that_was_killed_before_its_proposal_goes_on(run, tmp_path, clip, 
             raise KeyboardInterrupt
         return write(path)
 
-    monkeypatch.setattr(outputs, "atomic_write", killed)
-    assert run(*arguments)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "atomic_write", killed)
+        assert run(*arguments)[0] == 130
     assert not list((tmp_path / "proposals").glob("*"))
-    monkeypatch.undo()
     assert run(*arguments, "--resume")[0] == 0
     assert json.loads((tmp_path / "proposals/proposal_00007.json").read_text())["frames"]
     assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
+
+
+def test_a_run_that_was_killed_while_it_made_all_again_goes_on(run, tmp_path, clip, monkeypatch):
+    """At whatever moment: what tells that the proposals are its own is never gone."""
+    arguments = ("--data", clip, "--out", tmp_path / "out", "--proposals", tmp_path / "proposals")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for moment in ("encode", "write_json", "atomic_write"):
+        assert run(*arguments, "--every", 2)[0] == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs, moment, killed)
+            assert run(*arguments)[0] == 130, moment
+        assert run(*arguments, "--resume")[0] == 0, moment
+    assert "1 of 1 videos have their masks already" in run(*arguments, "--resume")[1]
+
+
+def test_proposals_of_an_earlier_run_are_not_forgotten(run, tmp_path, clip):
+    """A run without them keeps in mind that they are its own, and whether they are still true."""
+    path = tmp_path / "proposals/proposal_00007.json"
+    arguments, wanted = ("--data", clip, "--out", tmp_path / "out"), ("--proposals", path.parent)
+    assert run(*arguments, *wanted)[0] == 0
+    before = path.stat().st_mtime_ns
+    assert run(*arguments, "--objects", "--resume")[0] == 0
+    said = run(*arguments, "--objects", *wanted, "--resume")[1]
+    assert "1 of 1 videos have their masks already" in said
+    assert path.stat().st_mtime_ns == before
+    assert run(*arguments, "--every", 2)[0] == 0  # of which the proposals are not
+    status, said, _ = run(*arguments, "--every", 2, *wanted, "--resume")
+    assert (status, "their proposal is not what was written" in said) == (0, True)
+    assert len(json.loads(path.read_text())["frames"]) == FRAMES // 2
+
+
+def test_a_resumed_run_says_that_masks_have_another_format(run, tmp_path, clip):
+    arguments = ("--data", clip, "--out", tmp_path / "out", "--resume")
+    assert run(*arguments, "--format", "npz")[0] == 0
+    assert "1 of 1 videos have" in run(*arguments, "--format", "npz")[1]
+    expected = np.load(tmp_path / "out/video_00007/mask.npz")["mask"]
+    assert "are made again: they are in another format" in run(*arguments)[1]
+    assert [path.name for path in (tmp_path / "out").rglob("mask.np*")] == ["mask.npy"]
+    assert np.array_equal(np.load(tmp_path / "out/video_00007/mask.npy"), expected)
+
+
+def test_a_resumed_run_keeps_a_table_that_it_does_not_want_but_is_true(run, tmp_path, clip):
+    table = tmp_path / "out/video_00007/objects.csv"
+    arguments = ("--data", clip, "--out", tmp_path / "out")
+    assert run(*arguments, "--objects")[0] == 0
+    made, wanted = table.read_bytes(), ("--proposals", tmp_path / "proposals")
+    assert run(*arguments, *wanted, "--resume")[0] == 0
+    assert table.read_bytes() == made
+    assert "1 of 1 videos have" in run(*arguments, *wanted, "--objects", "--resume")[1]
 
 
 def test_a_run_without_masks_leaves_none_of_another_beside_its_table(run, tmp_path, clip):
@@ -678,6 +730,10 @@ def test_several_folders_have_theirs_in_out(run, call, tmp_path, clip):
         for path in (tmp_path / "out").rglob("mask.npy")
     }
     assert found == {"a/video_1", "b/video_1", "video_00007"}
+    page = ("--masks", tmp_path / "out", "--data", *both, clip, "--out", tmp_path / "page")
+    status, said, _ = call(preview, *page, "--every", 10)
+    assert status == 0
+    assert "3 videos" in said
     (tmp_path / "c").symlink_to(tmp_path / "b")  # whose name is its own
     arguments = ("--data", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "links")
     assert run(*arguments, "--every", 10)[0] == 0

@@ -68,12 +68,14 @@ def test_what_killed_writers_leave_goes_when_the_file_is_written_again(tmp_path)
     killed.kill()
     killed.communicate()
     assert len(list(tmp_path.iterdir())) == 1
-    (tmp_path / ".other.npy.0123.tmp").touch()
+    (tmp_path / ".other.npy.0123456789abcdef.tmp").touch()
     with atomic_write(path) as file:
         file.write(b"whole")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123.tmp"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123456789abcdef.tmp"}
+    (tmp_path / ".of another program.tmp").touch()
     delete_leftovers(tmp_path)
-    assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy"}
+    names = {entry.name for entry in tmp_path.iterdir()}
+    assert names == {"mask.npy", ".of another program.tmp"}
 
 
 def test_what_is_being_written_is_no_leftover(tmp_path):
@@ -115,7 +117,7 @@ def test_without_locks_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch, mi
         monkeypatch.setattr(files, "fcntl", None)
     else:
         monkeypatch.setattr(files.fcntl, "flock", refuse)
-    (tmp_path / ".file.0123.tmp").touch()
+    (tmp_path / ".file.0123456789abcdef.tmp").touch()
     with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"file", ".file.0123.tmp"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", ".file.0123456789abcdef.tmp"}

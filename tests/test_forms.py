@@ -91,6 +91,7 @@ def test_bars_change_nothing(labeller, video, known, margins, level):
     (found,) = labeller.label([frames])
     assert torch.equal(found.labels, F.pad(known, margins))
     assert any("bars" in remark for remark in found.remarks)
+    assert found.bars == tuple(margins)
 
 
 def test_noise_up_to_four_levels_is_a_bar_and_more_is_none():

@@ -445,7 +445,7 @@ def test_killed_and_resumed_gives_the_same_bytes(run, tmp_path, ckpt):
     assert 3 <= len(killed) < 30
     assert {mask.shape for mask in killed.values()} == {(22, 32, 48)}
     (out / "video_29").mkdir(exist_ok=True)
-    (out / "video_29/.mask.npy.0123.tmp").write_bytes(b"what a killed run may leave")
+    (out / "video_29/.mask.npy.0123456789abcdef.tmp").write_bytes(b"what a killed run may leave")
     assert run(*arguments, "--out", out, "--resume")[0] == 0
     assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
     resumed, whole = masks_below(out), masks_below(tmp_path / "whole")

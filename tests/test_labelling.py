@@ -106,6 +106,11 @@ def test_what_is_no_video_is_refused(videos, sentence):
         Labeller(UNet(widths=(8, 16))).label(videos)
 
 
+def test_numbers_are_those_of_each_frame():
+    with pytest.raises(UserError, match="one for each frame of each video"):
+        Labeller(UNet(widths=(8, 16))).label([BLACK, BLACK[:1]], [range(1), range(2)])
+
+
 def test_short_videos_fill_a_batch_and_none_is_torn():
     lengths = [3, 5, 2, 22, 30, 1, 10, 11]
     groups = list(fill_batches(lengths, 11))

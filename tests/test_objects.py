@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import tracks
 from classes import CLASS_NAMES, FACTOR_SIZES, factors
-from objects import DROP_PIXELS, follow
+from objects import DROP_PIXELS, Objects, follow
 from outputs import table
 from tracks import gather, occupied
 
@@ -107,6 +107,13 @@ def test_an_object_that_the_frame_cuts_gets_the_class_it_has_in_full_view(first)
     rows = table(found)
     assert [row.at_edge for row in rows if row.frame == (0 if first > 0 else 7)] == [True]
     assert {row.object for row in rows} == {1}
+
+
+def test_the_edge_that_cuts_is_that_of_the_picture_between_bars():
+    labels = torch.zeros(1, 20, 30, dtype=torch.uint8)
+    labels[0, 5:9, 9:16], labels[0, 14:16, 20:24] = 1, 2
+    for bars, at_edge in (((0, 0, 0, 0), [0, 0]), ((9, 0, 0, 0), [1, 0]), ((0, 0, 3, 4), [0, 1])):
+        assert [row.at_edge for row in table(Objects(labels, {}, bars=bars))] == at_edge
 
 
 def test_an_occluded_object_that_reappears_keeps_its_number_and_class():
