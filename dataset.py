@@ -6,13 +6,14 @@ Prints videos, frames, sizes and the classes present, and names each video that 
 exit status is 1 then. That report, and the checks of a transform, make the file long.
 """
 
+import copy
 import logging
 import math
 import operator
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -250,6 +251,13 @@ class CLEVRDataset(Dataset):
             return changed
         return tuple(sample) if self.labelled else sample[0]
 
+    def part(self, videos: Iterable[Video]) -> "CLEVRDataset":
+        """Return the data set of some of its videos, in their order; nothing is checked anew."""
+        part = copy.copy(self)
+        part.videos = [video for video in videos if video.path not in self.skipped]
+        part._index, part._opened, part._clip = None, {}, None
+        return part
+
     def video(self, v: int) -> Tensor:
         """Return all frames of self.videos[v], decoded and checked anew: uint8 (T, 3, H, W).
 
@@ -315,6 +323,31 @@ def find_proposed(root: str | Path, proposals: Path) -> list[Video]:
     return videos
 
 
+def split_data(
+    path: Path, seed: int, proposals: Path | None = None, cache: bool = True
+) -> tuple[CLEVRDataset, CLEVRDataset]:
+    """Return the training and the validation frames of the videos of `split_videos`.
+
+    All are checked together, so that all are of one size. Where a fault leaves no video to learn
+    from or to validate on, others are chosen, unless folders say which.
+
+    Raises:
+        UserError: as of `split_videos` and CLEVRDataset.
+    """
+    parts = split_videos(path, seed, proposals)
+    data = CLEVRDataset([*parts[0], *parts[1]], cache=cache, proposals=proposals)
+    training, validation = (data.part(part) for part in parts)
+    if not (training.videos and validation.videos) and not _has_parts(path):
+        training, validation = (data.part(part) for part in _choose(path, data.videos, seed))
+    for part, folder in ((training, "train"), (validation, "val")):
+        if not part.videos:
+            raise UserError(
+                f"{path / folder}: no labelled video without fault, of the size of most, "
+                "see what python dataset.py says."
+            )
+    return training, validation
+
+
 def split_videos(
     path: Path, seed: int, proposals: Path | None = None
 ) -> tuple[list[Video], list[Video]]:
@@ -324,15 +357,31 @@ def split_videos(
     ones, at least one, is chosen for validation. With `proposals` those count as labels.
 
     Raises:
-        UserError: fewer than two labelled videos, or none in one of the two folders.
+        UserError: fewer than two labelled videos, none in one of the two folders, or one in both.
     """
 
     def find(folder: Path) -> list[Video]:
         return find_proposed(folder, proposals) if proposals else find_labelled(folder)
 
-    if (path / "train").is_dir() and (path / "val").is_dir():
-        return find(path / "train"), find(path / "val")
-    videos = find(path)
+    if not _has_parts(path):
+        return _choose(path, find(path), seed)
+    training, validation = find(path / "train"), find(path / "val")
+    learned = {os.path.realpath(video.path): video for video in training}
+    for video in validation:
+        if other := learned.get(os.path.realpath(video.path)):
+            raise UserError(
+                f"{video} is {other}: what validates must not be learned from, delete one of them"
+            )
+    return training, validation
+
+
+def _has_parts(path: Path) -> bool:
+    """Return whether folders say which videos validate."""
+    return (path / "train").is_dir() and (path / "val").is_dir()
+
+
+def _choose(path: Path, videos: list[Video], seed: int) -> tuple[list[Video], list[Video]]:
+    """Set a tenth of the videos aside, at least one."""
     if len(videos) < 2:
         raise UserError(
             f"{path} has 1 labelled video: give at least two, "

@@ -33,6 +33,7 @@ SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
 CHECKPOINT = re.compile(r"Unet_checkpoint_(last|best|epoch_[0-9]+)\.pt").fullmatch
 LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
+OPTIONS = "num_epochs", "batch_size", "learning_rate"  # that a run goes on with
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may request: to save, or the number of a signal, all of which are above
 
@@ -46,6 +47,7 @@ class Run:
     optimizer: MuonAdamW
     processes: Processes  # those that train it together
     batch_size: int  # frames of a step, of all processes together
+    num_epochs: int
     total_steps: int  # of all epochs
     highest_rate: float  # of learning
     seed: int = 0
@@ -98,6 +100,7 @@ class Run:
             optimizer=MuonAdamW(model, l2_sp),
             processes=processes,
             batch_size=batch_size,
+            num_epochs=num_epochs,
             total_steps=num_epochs * epoch_steps,
             highest_rate=learning_rate,
             seed=seed,
@@ -131,8 +134,8 @@ class Run:
         held_out = self.facts.get("held_out")
         if checkpoint.get("held_out", held_out) != held_out:  # it may have learned from them
             raise UserError(
-                f"{path} was validated on other videos than --data now sets aside: give what it "
-                f"learned from, or begin anew with --init {path} and another --out"
+                f"{path} was validated on other videos than --data now sets aside, from which it "
+                "may have learned: give the data that it learned from, or another --out"
             )
         try:
             self._take(checkpoint)
@@ -149,6 +152,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.l2_sp = float(state.get("l2_sp", self.optimizer.l2_sp))
         self.facts |= {name: float(checkpoint[name]) for name in SCORES if name in checkpoint}
         total, steps = state["loss"]
         numbers = [checkpoint["epoch"], state["frames"], steps]
@@ -223,15 +227,26 @@ class Run:
             "best": self.best,
             "frames": self.done * self.batch_size,  # of the epoch that has begun
             "loss": [self.loss.total, self.loss.steps],
+            "options": dict(
+                zip(OPTIONS, (self.num_epochs, self.batch_size, self.highest_rate), strict=True)
+            ),
+            "l2_sp": self.optimizer.l2_sp,
         }
         self._write(out / LAST, training=training)
-        for path in self.replaces:
+        for path in self.replaces - {out / LAST}:
             path.unlink(missing_ok=True)
         self.replaces.clear()
 
+    def replace_former(self, out: Path) -> None:
+        """Delete a former run for this one, whose state comes first; its epoch ends after that.
+
+        So a full disk, or a kill, leaves either run whole.
+        """
+        if self.replaces:
+            self.save_last(out)
+
     def _write(self, path: Path, **more: Any) -> None:
         save_checkpoint(path, self._checkpoint() | more)
-        self.replaces.discard(path)
 
     def _must_be_finite(self) -> None:
         """Keep the checkpoints there are: a step whose loss is a number can end in none."""
@@ -245,6 +260,15 @@ class Run:
             "epoch": self.epoch,
             **self.facts,
         }
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """Return the options that a run was begun with, by the checkpoint that it goes on from."""
+    training = load_checkpoint(path).get("training") if path.exists() else None
+    options = training.get("options") if isinstance(training, dict) else None
+    if not isinstance(options, dict):  # of an earlier version
+        return {}
+    return {name: options[name] for name in OPTIONS if type(options.get(name)) in (int, float)}
 
 
 def files_of_run(out: Path) -> list[Path]:
@@ -305,8 +329,13 @@ class Keeper:
             self.handlers[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         self._restore()
+        died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        if died and self.signal and self.processes.count == 1:  # a Ctrl-C that it was not ready for
+            self._act(self.signal)
 
     def _restore(self) -> None:
         for number, handler in self.handlers.items():
@@ -368,7 +397,7 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
     words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
     if not run.begins:
         within = f" and step {run.done}" if run.done else ""
-        words.append(f"going on after epoch {run.epoch}{within}")
+        words.append(f"going on after epoch {run.epoch}{within}, of {num_epochs}")
     else:
         words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
     words.append(

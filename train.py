@@ -8,7 +8,7 @@
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
 Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goes through them
-several times, so that three are enough to learn their look.
+several times; some thirty teach it their look.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
 TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0, if they
@@ -37,7 +37,7 @@ from augment import augment
 from batches import make_loaders
 from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
-from dataset import CLEVRDataset, split_videos
+from dataset import CLEVRDataset, split_data
 from devices import Processes, choose_device, compile_network, mixed_precision
 from files import digest
 from log import Log, Progress, epoch_line
@@ -46,8 +46,17 @@ from model import MAX_STAGES, UNet, for_labelling
 from optim import USUAL_BATCH, scaled_rate, update_bn, update_ema
 from page.pictures import draw_columns
 from render import DEMO_DATA, render_demo
-from runs import LAST, LOOK_EVERY, Keeper, Run, check_folder, first_words, last_words
-from scale import learned_size
+from runs import (
+    LAST,
+    LOOK_EVERY,
+    Keeper,
+    Run,
+    check_folder,
+    first_words,
+    last_words,
+    options_of,
+)
+from scale import Scale, learned_size
 from utils import UserError, at_least, counted, log_header, make_parser, run_script, seed_everything
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
@@ -66,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
-    add("--proposals", type=Path, help="folder of CLEVRER's, as labels (default: none)")
+    add("--proposals", type=Path, help="folder of proposal_00000.json, ... (default: none)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
     add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
     add("--overwrite", action="store_true", help="delete the run that --out holds for the new one")
@@ -114,6 +123,10 @@ def parse_args() -> argparse.Namespace:
         "on a CPU that is always so",
     )
     args = parser.parse_args()
+    if args.resume:  # what is not given stays as it was
+        for name, value in options_of(args.out / LAST).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     if args.num_epochs is None:
         args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
     args.batch_size = args.batch_size or (DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH)
@@ -146,10 +159,7 @@ def main() -> None:
     processes.wait()
 
     model, init = build_model(args.init, args.data, args.widths, processes)
-    train_videos, val_videos = split_videos(args.data, args.seed, args.proposals)
-    reading = {"cache": not args.no_cache, "proposals": args.proposals}
-    training = CLEVRDataset(train_videos, **reading)
-    validation = CLEVRDataset(val_videos, **reading)
+    training, validation = split_data(args.data, args.seed, args.proposals, not args.no_cache)
     counts = [
         f"{counted(len(part), f'{kind} frame')} of {counted(len(part.videos), 'video')}"
         for kind, part in (("training", training), ("validation", validation))
@@ -158,6 +168,12 @@ def main() -> None:
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
+    facts = {
+        "data": str(args.data.resolve()),
+        "seed": args.seed,
+        "held_out": digest(os.fsencode("\n".join(str(v.target) for v in validation.videos))),
+        "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
+    }
     run = Run.open(
         model,
         processes,
@@ -167,12 +183,7 @@ def main() -> None:
         learning_rate=args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size),
         l2_sp=L2_SP / len(training) if init else 0.0,
         seed=args.seed,
-        facts={
-            "data": str(args.data.resolve()),
-            "seed": args.seed,
-            "held_out": digest(os.fsencode("\n".join(str(v.target) for v in val_videos))),
-            "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
-        },
+        facts=facts,
         resume=args.out / LAST if args.resume else None,
         replaces=replaces,
     )
@@ -180,7 +191,7 @@ def main() -> None:
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
-    first = run.begins and validates_first(init, run.facts["frame_size"], processes)
+    first = run.begins and validates_first(init, run.facts, processes)
     train_epochs(run, loader, val_loader, args.num_epochs, args.out, first)
     if processes.first:
         print(last_words(args.out, args.data))
@@ -220,18 +231,29 @@ def build_model(
     return model.to(processes.device), file
 
 
-def validates_first(init: Path | None, size: list[int], processes: Processes) -> bool:
+def validates_first(init: Path | None, facts: dict[str, Any], processes: Processes) -> bool:
     """Return whether what training starts from is validated: trained weights, at their own scale.
+
+    A warning says so if they may have learned from what validates.
 
     Args:
         init: The file that the weights come from; None: from nothing.
-        size: Height and width of the frames.
+        facts: Data, frame size and held-out videos of this run.
         processes: Those of this run; the first one prints.
     """
     if init is None:
         return False
-    height, width = learned_size(load_checkpoint(init), init)
-    if [height, width] == size:
+    checkpoint = load_checkpoint(init)
+    same_data = checkpoint.get("data") == facts["data"]
+    if processes.first and same_data and checkpoint.get("held_out") != facts["held_out"]:
+        print(
+            f"warning: {init} learned from {facts['data']} with other videos set aside, and may "
+            "know those that validate now: give the same --seed and the same videos",
+            file=sys.stderr,
+        )
+    height, width = learned = learned_size(checkpoint, init)
+    view, *others = Scale(learned).views(*facts["frame_size"])
+    if view.size == view.own and not others:
         return True
     processes.say(
         f"not validated before, since these weights read frames of {width} x {height} pixels, "
@@ -262,6 +284,7 @@ def train_epochs(
         if validate_first:
             figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
             if processes.first:
+                run.replace_former(out)
                 end_epoch(run, log, figures, out, num_epochs)
             run.begin_clock()
         while run.epoch < num_epochs:
@@ -269,6 +292,8 @@ def train_epochs(
             figures = train_one_epoch(run, network, loader, keeper)
             refresh_statistics(run, loader)
             figures |= validate(run.ema, val_loader, processes, keeper)
+            if processes.first:
+                run.replace_former(out)
             run.end_epoch()
             if processes.first:
                 if warning := blind_warning(figures, run.step, epoch_steps, run.total_steps):
@@ -284,7 +309,6 @@ def end_epoch(run: Run, log: Log, figures: dict[str, Any], out: Path, num_epochs
     """Log, save and print an epoch that has been validated with these figures."""
     figures["epoch"] = run.epoch
     log.add(figures)
-    run.replaces.discard(log.path)
     run.save(out, figures, num_epochs)
     print(epoch_line(figures, run.time_left()), flush=True)
 

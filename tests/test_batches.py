@@ -1,30 +1,60 @@
 """The split, the batches of several processes, and how many read ahead."""
 
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_video
 
 import batches
 from batches import ShardedBatches
-from dataset import split_videos
+from dataset import split_data, split_videos
 from devices import Processes
 from utils import UserError
 
 
 def test_a_tenth_is_set_aside_by_whole_videos(tmp_path):
-    for i in range(20):
+    for i in range(31):
         video = tmp_path / f"video_{i}"
         video.mkdir()
         (video / "image_0.png").touch()
-        if i < 19:
+        if i < 30:
             (video / "mask.npy").touch()
     training, validation = split_videos(tmp_path, seed=0)
-    assert (len(training), len(validation)) == (18, 1)
+    assert (len(training), len(validation)) == (27, 3)
     assert not set(training) & set(validation)
     assert split_videos(tmp_path, seed=0) == (training, validation)
     assert any(split_videos(tmp_path, seed=s)[1] != validation for s in range(1, 5))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_videos_with_faults_and_of_odd_sizes_neither_teach_nor_validate(tmp_path, seed):
+    """Whichever is chosen, there is one to learn from and one to validate on, of one size."""
+    for number, size in enumerate([(6, 8), (6, 8), (6, 10), (6, 8)]):
+        make_video(tmp_path / f"video_{number}", size=size)
+    np.save(tmp_path / "video_3/mask.npy", np.zeros((1, 6, 8), np.uint8))  # too short
+    training, validation = split_data(tmp_path, seed, cache=False)
+    names = sorted(video.path.name for part in (training, validation) for video in part.videos)
+    assert names == ["video_0", "video_1"]
+    for part in (training, validation):
+        assert len(part) == 3
+        assert {mask.shape for _, mask in part} == {(6, 8)}
+        assert {path.name for path in part.skipped} == {"video_2", "video_3"}
+
+
+def test_folders_of_two_sizes_and_videos_in_both_are_refused(tmp_path):
+    for part, size in (("train", (6, 8)), ("val", (6, 10))):
+        for number in range(1 + (part == "train")):
+            make_video(tmp_path / part / f"video_{number}", size=size)
+    with pytest.raises(UserError, match="val: no labelled video without fault, of the size"):
+        split_data(tmp_path, 0, cache=False)
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/again").symlink_to(tmp_path / "train/video_1")
+    with pytest.raises(UserError, match="val/again is .*train/video_1: what validates must not"):
+        split_data(tmp_path, 0, cache=False)
 
 
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path):

@@ -1,6 +1,7 @@
 """The loss of a run, its state, its log, and how long it will take."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -10,8 +11,8 @@ from checkpoints import save_checkpoint
 from devices import Processes
 from log import FIELDS, Log, MeanLoss
 from model import UNet
-from runs import LAST, Run
-from utils import UserError
+from runs import LAST, Keeper, Run, options_of
+from utils import Stopped, UserError
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -36,6 +37,32 @@ def test_weights_that_are_not_finite_do_not_replace_those_that_are(tmp_path):
         with pytest.raises(UserError, match="lower --learning-rate"):
             save()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_goes_on_with_the_options_it_began_with(tmp_path):
+    begun = {"num_epochs": 7, "batch_size": 5, "learning_rate": 0.25}
+    run = Run.open(UNet(widths=(8, 16)), ALONE, epoch_steps=3, l2_sp=1.5, **begun)
+    run.save_last(tmp_path)
+    assert options_of(tmp_path / LAST) == begun
+    assert options_of(tmp_path / "none.pt") == {}
+    run = Run.open(UNet(widths=(8, 16)), ALONE, epoch_steps=3, resume=tmp_path / LAST, **begun)
+    assert run.optimizer.l2_sp == 1.5, "though nothing said that it began with trained weights"
+
+
+def test_a_worker_that_a_ctrl_c_ends_costs_no_step(tmp_path):
+    """One that has just been started does not leave it to the training process yet."""
+    run = Run.open(UNet(widths=(8, 16)), ALONE, epoch_steps=3, num_epochs=1)
+    run.step = run.done = 2
+    died = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    with pytest.raises(RuntimeError, match="DataLoader"), Keeper(run, tmp_path):
+        raise died
+    assert not (tmp_path / LAST).exists(), "of itself, for lack of memory"
+    keeper = Keeper(run, tmp_path)
+    keeper.signal = signal.SIGINT
+    with pytest.raises(Stopped, match="step 2 of epoch 1, all is saved") as stop, keeper:
+        raise died
+    assert stop.value.status == 130
+    assert (tmp_path / LAST).is_file()
 
 
 def test_the_mean_loss_does_not_depend_on_when_it_is_looked_at():

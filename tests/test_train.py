@@ -1,6 +1,7 @@
 """Training through the real scripts: it learns, goes on after a kill, repeats itself."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -120,6 +121,42 @@ def test_a_second_run_loses_nothing_of_the_first(former, videos, call, monkeypat
     assert all(word in err for word in ("--resume", "--out", "--overwrite"))
     assert contents(former) == before
     assert call(train, *options, "--resume", "--overwrite")[0] == 2
+
+
+def test_a_disk_that_is_full_for_a_second_run_costs_nothing_of_the_first(
+    former, videos, call, monkeypatch
+):
+    """There is room for its log and its weights, but not for its state, which is larger."""
+    before, save = contents(former), runs.save_checkpoint
+
+    def full(path, checkpoint):
+        if "training" in checkpoint:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, checkpoint)
+
+    monkeypatch.setattr(runs, "save_checkpoint", full)
+    options = ("--data", videos, "--out", former, "--no-cache", "--overwrite", *TINY)
+    status, _, err = call(train, *options, "--num-epochs", 1)
+    assert (status, LAST in err) == (2, True)
+    found = contents(former)
+    assert {name: found[name] for name in before} == before
+
+
+def test_options_that_are_not_given_again_are_those_of_the_run(
+    finished, videos, tmp_path, call, monkeypatch
+):
+    """With --init none it learned at 4e-3, without it would go on at 1e-3."""
+    out = tmp_path / "out"
+    options = ("--data", videos, "--out", out, "--device", "cpu", "--no-cache")
+    begun = ("--init", "none", "--batch-size", 4, "--num-epochs", 1, "--widths", 8, 16)
+    status, said, _ = call(train, *options, *begun)
+    assert (status, "learning rate up to 0.004" in said) == (0, True)
+    status, said, _ = call(train, *options, "--widths", 8, 16, "--resume")
+    assert (status, "nothing left to do: 1 of 1 epochs are done" in said) == (0, True)
+    assert "learning rate up to 0.004" in said
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--resume"])
+    args = train.parse_args()
+    assert (args.num_epochs, args.batch_size, args.learning_rate) == (1, 4, 4e-3)
 
 
 def test_overwriting_leaves_what_belongs_to_no_run(former, videos, call):
@@ -249,7 +286,7 @@ def test_processes_stop_after_the_same_step_and_other_numbers_go_on(videos, tmp_
     assert "going on after epoch 1 and step 9" in result.stdout
     status, said, _ = call(train, *command, 3, "--resume")
     assert status == 0
-    assert "going on after epoch 2\n" in said
+    assert "going on after epoch 2, of" in said
     assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2", "3"]
 
 
@@ -278,7 +315,7 @@ def test_processes_that_one_leaves_alone_end_with_a_sentence(
     command = ["--data", videos, "--out", tmp_path / "out", "--num-epochs", 7, "--resume", *TINY]
     result = run(tmp_path / "alone.py", *command, launcher=torchrun(count), env=OWN, timeout=60)
     assert result.returncode == 1
-    assert "going on after epoch 6\n" in result.stdout
+    assert "going on after epoch 6, of" in result.stdout
     assert "another process of this run has ended" in result.stderr
     assert ("something is wrong with process 1" in result.stderr) == (how == "fails")
     assert "[rank" not in result.stderr, "a traceback of one of them"
@@ -298,15 +335,18 @@ def test_processes_that_find_other_checkpoints_refuse(finished, videos, tmp_path
     )
 
 
-def test_another_seed_gives_other_weights(finished, videos, tmp_path, call):
-    command = ["--data", videos, "--out", tmp_path, "--num-epochs", 1, "--seed", 1, *TINY]
-    assert call(train, *command)[0] == 0
-    assert not same(
-        weights(finished / "Unet_checkpoint_epoch_5.pt"),
-        weights(tmp_path / "Unet_checkpoint_epoch_1.pt"),
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(videos, tmp_path, call):
+    command = ["--data", videos, "--num-epochs", 1, *TINY]
+    for name, seed in (("0", 0), ("1", 1), (".", 1)):
+        assert call(train, *command, "--out", tmp_path / name, "--seed", seed)[0] == 0
+    zero, one, again = (
+        weights(tmp_path / name / "Unet_checkpoint_epoch_1.pt") for name in ("0", "1", ".")
     )
+    assert same(one, again)
+    assert not same(zero, one)
+    command += ["--out", tmp_path, "--seed", 1]
     before = (tmp_path / "Unet_checkpoint_last.pt").read_bytes()
-    status, _, err = call(train, *command[: -len(TINY) - 2], *TINY, "--resume")
+    status, _, err = call(train, *command[:-2], "--resume")
     assert status == 2
     assert "was begun with --seed 1: give that" in err
     assert (tmp_path / "Unet_checkpoint_last.pt").read_bytes() == before
@@ -368,6 +408,35 @@ def test_what_training_starts_from(arguments, starts_from, rate, epochs, monkeyp
     assert (file, args.num_epochs) == (starts_from, epochs)
     assert read == [starts_from] * bool(starts_from), "it is read once"
     assert (args.learning_rate or train.RATES[bool(file)]) == rate
+
+
+def test_the_highest_rate_grows_with_the_batch(videos, tmp_path, call, monkeypatch):
+    """With its root, from 16 frames on; 64 have twice the rate, and that is the most."""
+    rates = []
+    monkeypatch.setattr(train, "train_epochs", lambda run, *_: rates.append(run.highest_rate))
+    options = ("--data", videos, "--out", tmp_path, "--no-cache", "--device", "cpu")
+    for batch in (4, 24, 64, 500):
+        more = ("--batch-size", batch, "--init", "none", "--widths", 8, 16)
+        assert call(train, *options, *more)[0] == 0
+    assert rates == pytest.approx([4e-3, 4e-3 * 1.5**0.5, 8e-3, 8e-3])
+
+
+def test_weights_that_may_know_what_validates_are_named(finished, videos, capsys):
+    facts = {name: load_checkpoint(finished / BEST)[name] for name in ("data", "held_out")}
+    facts["frame_size"], alone = [HEIGHT, WIDTH], Processes(torch.device("cpu"))
+    assert train.validates_first(finished / BEST, facts, alone)
+    assert not capsys.readouterr().err
+    assert train.validates_first(finished / BEST, facts | {"held_out": "others"}, alone)
+    assert "may know those that validate now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "first"), [((160, 240), True), ((180, 242), True), ((320, 480), False)]
+)
+def test_weights_are_validated_first_at_the_scale_that_they_learned(size, first):
+    """infer.py brings frames to the width that they learned, whatever the height."""
+    facts, alone = {"data": "d", "held_out": "h", "frame_size": list(size)}, torch.device("cpu")
+    assert train.validates_first(SHIPPED, facts, Processes(alone)) == first
 
 
 @pytest.mark.parametrize("first", [True, False])
