@@ -127,8 +127,8 @@ def score(pred: Path, data: Path, proposals: Path | None = None, every: int = 1)
     if missing:
         raise UserError(
             f"{len(missing)} of {len(tally.videos) + len(missing)} labelled videos have no "
-            f"prediction, the first is {missing[0]}: run infer.py on them or give their folder as "
-            "--pred"
+            f"prediction, the first is {missing[0]}: give their folder as --pred, or run infer.py "
+            "on them (mend or move those that it skips)"
         )
     if not tally.videos:
         raise UserError(f"{data} holds no labelled video to score ({skipped} skipped)")
@@ -178,8 +178,8 @@ def main() -> None:
     add = parser.add_argument_group("what is compared").add_argument
     add("--pred", "--masks", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, required=True, help="folder of labelled videos")
-    add("--proposals", type=Path, help="folder of CLEVRER's, as true labels (default: none)")
-    add("--every", type=at_least(1), default=1, help="as of infer.py (default: %(default)s)")
+    add("--proposals", type=Path, help="folder of proposal_00000.json, ... as true (default: none)")
+    add("--every", type=at_least(1), default=1, help="that of infer.py (default: %(default)s)")
     add = parser.add_argument_group("files beside the report (default: none)").add_argument
     add("--json", type=Path, help="write every figure to this file, shares from 0 to 1")
     args = parser.parse_args()
@@ -188,9 +188,9 @@ def main() -> None:
         raise UserError(f"{args.pred} is not a folder")
     result = score(args.pred, args.data, args.proposals, args.every)
     result["command"] = shlex.join(["python", *sys.argv])
+    print(report(result))
     if args.json:
         write_json(args.json, result, indent=1)
-    print(report(result))
 
 
 if __name__ == "__main__":

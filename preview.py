@@ -260,7 +260,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("what is shown").add_argument
     add("--masks", "--pred", type=Path, required=True, help="folder that infer.py wrote")
     add("--data", type=Path, nargs="+", required=True, help="folders of the videos, or video files")
-    add("--every", type=at_least(1), default=1, help="as of infer.py (default: %(default)s)")
+    add("--every", type=at_least(1), default=1, help="that of infer.py (default: %(default)s)")
     add = parser.add_argument_group("what is made: one of the two, or both").add_argument
     add(
         "--out",

@@ -309,7 +309,7 @@ def parse_args() -> argparse.Namespace:
         "--every",
         type=at_least(1),
         default=1,
-        help="of what happens, render each so many-th frame (default: all)",
+        help="5: render every fifth frame of what happens (default: all)",
     )
     add(
         "--objects",

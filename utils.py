@@ -149,7 +149,7 @@ def _left_alone(error: RuntimeError) -> bool:
 
 def _leave_group() -> None:
     """Take leave of the other processes; one that fails must not wait for them to do the same."""
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

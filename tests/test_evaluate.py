@@ -59,6 +59,15 @@ def test_truth_against_itself_and_json(run, tmp_path, labels):
     assert result["command"].startswith("python evaluate.py --pred ")
 
 
+def test_a_report_is_printed_though_its_json_cannot_be_written(run, tmp_path, labels):
+    write_video(tmp_path / "data/video_2", labels)
+    (tmp_path / "file").touch()
+    options = ("--pred", tmp_path / "data", "--data", tmp_path / "data")
+    status, out, err = run(*options, "--json", tmp_path / "file/score.json")
+    assert (status, "mIoU             1.0000" in out) == (2, True)
+    assert f"{tmp_path}/file" in err
+
+
 def test_names_that_are_no_text_are_reported(tmp_path, labels):
     name = os.fsdecode(b"video_\xff")
     write_video(tmp_path / name, labels)

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REAL, ROOT, needs_real, run
 
 from checkpoints import load_checkpoint
+from classes import CLASS_NAMES
 from render import render_dataset
 
 WEIGHTS = ROOT / "weights" / "clevr_unet.pt"
@@ -40,13 +42,18 @@ def test_rendered_videos_that_training_never_saw(tmp_path):
     assert figures["shape_accuracy"]["all"] > 0.95
     assert figures["material_accuracy"]["all"] > 0.95
     assert figures["colour_accuracy"]["all"] > 0.95
-    assert figures["miou"] > 0.85
+    assert figures["miou"] > 0.95
 
 
 @needs_real
 def test_real_videos(tmp_path):
     together = score(REAL, tmp_path / "together")
     alone = score(REAL, tmp_path / "alone", "--no-consistency")
-    assert together["miou"] > 0.92
+    assert together["miou"] > 0.95
+    assert together["ghosts"] == together["lost"] == []
+    listed = REAL / "unlabeled_objects.json"
+    for video, names in (json.loads(listed.read_text()) if listed.exists() else {}).items():
+        mask = np.load(tmp_path / "together/unlabeled" / video / "mask.npy")
+        assert {CLASS_NAMES[i] for i in np.unique(mask)} == {"background", *names}, video
     assert together["miou"] > alone["miou"]
     assert together["foreground_iou"] == pytest.approx(alone["foreground_iou"], abs=1e-3)
