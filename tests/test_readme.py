@@ -20,7 +20,7 @@ def test_python_of_the_readme_runs(tmp_path):
     start = (
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); frames = torch.load('frames.pt')\n"
     )
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     blocks = [block for block in BLOCKS if "torch.onnx.export" not in block]  # test_model.py's
     code = (
         start
