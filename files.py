@@ -106,6 +106,33 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
                     os.close(lock)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process into this block with the same folder, which must be there.
+
+    What a process holds the system gives free when it ends, however it ends. A file system that has
+    no locks lets all in.
+
+    Raises:
+        OSError: another one is there.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            words = "another run writes into it, wait for its end or give another folder"
+            raise OSError(error.errno, words, str(folder)) from None
+        except OSError:
+            pass  # no locks
+        yield
+    finally:
+        os.close(lock)
+
+
 def write_json(
     path: str | Path, value: Any, indent: int | None = None, compact: bool = False
 ) -> None:

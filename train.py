@@ -19,6 +19,7 @@ The whole of training is told here, from its options to its last words: so this 
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import os
@@ -39,7 +40,7 @@ from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset, split_data
 from devices import Processes, choose_device, compile_network, mixed_precision
-from files import digest
+from files import alone_in, digest
 from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
@@ -274,13 +275,15 @@ def train_epochs(
 
     With `validate_first` what it begins with is validated and saved before: it may be the best.
     """
-    processes, epoch_steps = run.processes, len(loader)
+    processes, epoch_steps, alone = run.processes, len(loader), contextlib.nullcontext()
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
     network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, -1 if run.begins else run.epoch, bool(run.replaces))
-    with Keeper(run, out) as keeper:
+        alone = alone_in(out)
+    with alone, Keeper(run, out) as keeper:
+        if processes.first:
+            log = Log(out, -1 if run.begins else run.epoch, bool(run.replaces))
         if validate_first:
             figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
             if processes.first:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-VERSION = "0.10.0"  # also in CITATION.cff and CHANGELOG.md
+VERSION = "0.11.0"  # also in CITATION.cff and CHANGELOG.md
 MAKE_ROOM = "make room, then the same command goes on (train.py and infer.py with --resume)"
 GIVE_LESS = (
     "give a smaller --batch-size or fewer --workers, preview.py fewer videos; then the same "

@@ -71,7 +71,10 @@ def test_what_killed_writers_leave_goes_when_the_file_is_written_again(tmp_path)
     (tmp_path / ".other.npy.0123456789abcdef.tmp").touch()
     with atomic_write(path) as file:
         file.write(b"whole")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"mask.npy", ".other.npy.0123456789abcdef.tmp"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "mask.npy",
+        ".other.npy.0123456789abcdef.tmp",
+    }
     (tmp_path / ".of another program.tmp").touch()
     delete_leftovers(tmp_path)
     names = {entry.name for entry in tmp_path.iterdir()}

@@ -30,6 +30,7 @@ from checkpoints import SHIPPED, load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
 from dataset import CLEVRDataset, split_videos
 from devices import Processes
+from files import alone_in
 from model import UNet
 from optim import update_bn
 from page.pictures import draw_labels
@@ -157,6 +158,17 @@ def test_options_that_are_not_given_again_are_those_of_the_run(
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out), "--resume"])
     args = train.parse_args()
     assert (args.num_epochs, args.batch_size, args.learning_rate) == (1, 4, 4e-3)
+
+
+def test_two_runs_into_one_folder_do_not_mix(former, videos, call):
+    """The other one holds it, whether or not it has a checkpoint yet."""
+    before = contents(former)
+    options = ("--data", videos, "--out", former, "--no-cache", *TINY)
+    with alone_in(former):
+        status, _, err = call(train, *options, "--resume", "--num-epochs", 7)
+    assert (status, f"{former}: another run writes into it" in err) == (2, True)
+    assert contents(former) == before
+    assert call(train, *options, "--resume", "--num-epochs", 7)[0] == 0
 
 
 def test_overwriting_leaves_what_belongs_to_no_run(former, videos, call):
