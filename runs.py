@@ -33,7 +33,7 @@ SAVE_EVERY = 300  # seconds between saves within an epoch
 AGREE_EVERY = 5  # steps after which several processes ask each other whether to stop or to save
 CHECKPOINT = re.compile(r"Unet_checkpoint_(last|best|epoch_[0-9]+)\.pt").fullmatch
 LAST, BEST = "Unet_checkpoint_last.pt", "Unet_checkpoint_best.pt"
-OPTIONS = "num_epochs", "batch_size", "learning_rate"  # that a run goes on with
+OPTIONS = {"num_epochs": int, "batch_size": int, "learning_rate": float}  # that a run goes on with
 SCORES = ("miou", "weighted_iou")  # that a checkpoint carries
 SAVE = 1  # what a process may request: to save, or the number of a signal, all of which are above
 
@@ -227,9 +227,11 @@ class Run:
             "best": self.best,
             "frames": self.done * self.batch_size,  # of the epoch that has begun
             "loss": [self.loss.total, self.loss.steps],
-            "options": dict(
-                zip(OPTIONS, (self.num_epochs, self.batch_size, self.highest_rate), strict=True)
-            ),
+            "options": {
+                "num_epochs": self.num_epochs,
+                "batch_size": self.batch_size,
+                "learning_rate": float(self.highest_rate),
+            },
             "l2_sp": self.optimizer.l2_sp,
         }
         self._write(out / LAST, training=training)
@@ -268,7 +270,8 @@ def options_of(path: Path) -> dict[str, Any]:
     options = training.get("options") if isinstance(training, dict) else None
     if not isinstance(options, dict):  # of an earlier version
         return {}
-    return {name: options[name] for name in OPTIONS if type(options.get(name)) in (int, float)}
+    found = {name: options.get(name) for name in OPTIONS}
+    return {name: x for name, x in found.items() if type(x) is OPTIONS[name] and x > 0}
 
 
 def files_of_run(out: Path) -> list[Path]:
