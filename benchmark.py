@@ -220,7 +220,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], object]]] = {
         "frames seen": lambda r: r["frames"],
         "validation mIoU": lambda r: f"{r['miou']:.4f}",
         "through objects.py": lambda r: f"{r['tracked_miou']:.4f}",
-        "object IoU": lambda r: f"{r['foreground_iou']:.4f}",
+        "foreground IoU": lambda r: f"{r['foreground_iou']:.4f}",
         "minutes until it was 0.9": lambda r: if_known(r["minutes_until_seen"], "{:.1f}"),
     },
 }

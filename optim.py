@@ -50,7 +50,7 @@ def update_bn(batches: Iterable[Tensor], model: nn.Module, processes: Processes)
     """Give averaged weights the batch statistics that they have themselves.
 
     As torch.optim.swa_utils.update_bn. Those that training gathers lag by ten steps and are of
-    other weights: after thirty steps from nothing they cost a tenth of the object IoU, after
+    other weights: after thirty steps from nothing they cost a tenth of the foreground IoU, after
     sixteen all of it (Wu and Johnson 2021, https://arxiv.org/abs/2105.07576).
 
     Args:

@@ -1,4 +1,4 @@
-"""The files of a labelled video: mask.npy, objects.csv and mask.json; written, read, still true?
+"""The files that infer.py writes for a video: mask.npy, objects.csv, mask.json; and reading them.
 
 masks/train/video_7/mask.npy      uint8 (frames, height, width), ids 0..48
 masks/train/video_7/objects.csv   a row for each object and frame; if asked for

@@ -32,7 +32,7 @@ from train import MAX_NORM, RATES, validate
 
 LOOKS = 40  # at a network while it learns
 LOOK_AT = 44  # validation frames, evenly apart
-SEEN = 0.9  # of object IoU: about where masks begin to be of use
+SEEN = 0.9  # of foreground IoU: about where masks begin to be of use
 
 
 def clock(device: torch.device) -> float:
@@ -103,7 +103,7 @@ def measure_quality(
     """Train each network for `minutes`; return its validation figures.
 
     Frame by frame as of train.py, through objects.py as of evaluate.py (keys tracked_miou,
-    tracked_video_miou), and the minutes after which its object IoU first was SEEN.
+    tracked_video_miou), and the minutes after which its foreground IoU first was SEEN.
     """
     processes = devices.Processes(device)
     training, validation = map(CLEVRDataset, split_videos(data, 0))
