@@ -15,7 +15,7 @@ from devices import Processes, usable_cpus, why_alone
 from utils import UserError
 
 MAX_READERS = 4  # of a training process, by default: a step takes longer than reading for it
-EPOCH_STEPS = 20  # at least: thirty such epochs bring trained weights to the look of few videos
+EPOCH_STEPS = 20  # at least: eight such epochs bring trained weights to the look of few videos
 
 
 class ShardedBatches(Sampler[list[int]]):

@@ -253,9 +253,9 @@ class CLEVRDataset(Dataset):
 
     def part(self, videos: Iterable[Video]) -> "CLEVRDataset":
         """Return the data set of some of its videos, in their order; nothing is checked anew."""
-        part = copy.copy(self)
+        part = copy.copy(self)  # of what is opened, as of any copy, nothing
         part.videos = [video for video in videos if video.path not in self.skipped]
-        part._index, part._opened, part._clip = None, {}, None
+        part._index = None
         return part
 
     def video(self, v: int) -> Tensor:
@@ -325,39 +325,39 @@ def find_proposed(root: str | Path, proposals: Path) -> list[Video]:
 
 def split_data(
     path: Path, seed: int, proposals: Path | None = None, cache: bool = True
-) -> tuple[CLEVRDataset, CLEVRDataset]:
-    """Return the training and the validation frames of the videos of `split_videos`.
+) -> tuple[CLEVRDataset, CLEVRDataset, list[Video]]:
+    """Return the training and the validation frames, and all videos that were set aside.
 
-    All are checked together, so that all are of one size. Where a fault leaves no video to learn
-    from or to validate on, others are chosen, unless folders say which.
+    They are those of `split_videos`, checked together, so that all are of one size. Where faults
+    leave no video to learn from or to validate on, others are chosen, unless folders say which.
 
     Raises:
         UserError: as of `split_videos` and CLEVRDataset.
     """
     parts = split_videos(path, seed, proposals)
     data = CLEVRDataset([*parts[0], *parts[1]], cache=cache, proposals=proposals)
+    if not all(data.part(part).videos for part in parts) and not _has_parts(path):
+        parts = _choose(path, data.videos, seed, " without fault")
     training, validation = (data.part(part) for part in parts)
-    if not (training.videos and validation.videos) and not _has_parts(path):
-        training, validation = (data.part(part) for part in _choose(path, data.videos, seed))
     for part, folder in ((training, "train"), (validation, "val")):
         if not part.videos:
             raise UserError(
                 f"{path / folder}: no labelled video without fault, of the size of most, "
                 "see what python dataset.py says."
             )
-    return training, validation
+    return training, validation, parts[1]
 
 
 def split_videos(
     path: Path, seed: int, proposals: Path | None = None
 ) -> tuple[list[Video], list[Video]]:
-    """Return the training and the validation videos, never parts of one video in both.
+    """Return the training and the validation videos; a warning names what links put in both.
 
     They are those in path/train and path/val where there are both; else a tenth of all labelled
     ones, at least one, is chosen for validation. With `proposals` those count as labels.
 
     Raises:
-        UserError: fewer than two labelled videos, none in one of the two folders, or one in both.
+        UserError: fewer than two labelled videos, or none in one of the two folders.
     """
 
     def find(folder: Path) -> list[Video]:
@@ -366,12 +366,10 @@ def split_videos(
     if not _has_parts(path):
         return _choose(path, find(path), seed)
     training, validation = find(path / "train"), find(path / "val")
-    learned = {os.path.realpath(video.path): video for video in training}
-    for video in validation:
-        if other := learned.get(os.path.realpath(video.path)):
-            raise UserError(
-                f"{video} is {other}: what validates must not be learned from, delete one of them"
-            )
+    learned = {os.path.realpath(video.path) for video in training}
+    if both := [video for video in validation if os.path.realpath(video.path) in learned]:
+        count = counted(len(both), "validation video")
+        logger.warning("warning: %s, such as %s, are learned from as well", count, both[0])
     return training, validation
 
 
@@ -380,11 +378,13 @@ def _has_parts(path: Path) -> bool:
     return (path / "train").is_dir() and (path / "val").is_dir()
 
 
-def _choose(path: Path, videos: list[Video], seed: int) -> tuple[list[Video], list[Video]]:
+def _choose(
+    path: Path, videos: list[Video], seed: int, which: str = ""
+) -> tuple[list[Video], list[Video]]:
     """Set a tenth of the videos aside, at least one."""
     if len(videos) < 2:
         raise UserError(
-            f"{path} has 1 labelled video: give at least two, "
+            f"{path} has 1 labelled video{which}: give at least two, "
             "one to learn from and one to validate on"
         )
     chosen = set(random.Random(seed).sample(range(len(videos)), max(1, len(videos) // 10)))

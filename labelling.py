@@ -249,7 +249,7 @@ class Labeller:
             shown = f"{size_text(view.own)} of {size_text(labels.shape[1:])}"
             remarks.append(f"bars along the sides are background: pictures are {shown}")
         said = list(filter(None, remarks))
-        return found._replace(labels=labels, numbers=list(numbers), bars=tuple(box), remarks=said)
+        return found._replace(labels=labels, numbers=list(numbers), bars=box, remarks=said)
 
     def draw(
         self, drawn: Tensor, labels: Tensor, objects: Tensor, evidence: Tensor, details: Details

@@ -1,4 +1,4 @@
-"""The files that infer.py writes for a video: mask.npy, objects.csv, mask.json; and reading them.
+"""The files that infer.py writes for a video: mask.npy, objects.csv, mask.json; are they true?
 
 masks/train/video_7/mask.npy      uint8 (frames, height, width), ids 0..48
 masks/train/video_7/objects.csv   a row for each object and frame; if asked for
@@ -25,7 +25,6 @@ from videos import MASKS, Video, list_video
 
 TABLE, RECORD = "objects.csv", "mask.json"
 SAID = {"mask": "mask", "table": TABLE, "proposal": "proposal"}
-OUTDATED = "outdated"  # in the place of a digest: a proposal that another run made, of other masks
 CHANGES = {  # what differs from the record, and how that is said
     "checkpoint": "another checkpoint made them",
     "options": "other options made them",
@@ -211,12 +210,19 @@ class Outputs:
     def check_proposals(self, videos: Iterable[Video]) -> None:
         """Raise UserError if proposals that others made would be written over."""
         for video in videos if self.proposals else ():
-            file = self.files(video)["proposal"]
-            if file.exists() and not self._record(video).get("proposal"):
+            file, record = self.files(video)["proposal"], self._record(video)
+            own = record.get("proposals") == self._place() or is_whole(file, record.get("proposal"))
+            if file.exists() and not own:
                 raise UserError(
                     f"--proposals {self.proposals} holds {file.name}, which --out {self.out} "
                     "knows nothing of: give a folder of its own"
                 )
+
+    def _place(self) -> str:
+        """Return where the proposals are, seen from the other files; "" if none are written."""
+        return (
+            os.path.relpath(self.proposals.resolve(), self.out.resolve()) if self.proposals else ""
+        )
 
     def _record(self, video: Video) -> dict[str, Any]:
         """Return the record of a video; {} where there is none that can be read."""
@@ -269,11 +275,12 @@ class Outputs:
             return "nothing tells what made them"
         if reason := self._change(record, video.state()):
             return reason
-        expected = list(files.items())
+        expected = {path: what for what, path in files.items()}
         if (folder / TABLE).is_file():  # of others, perhaps, where this run wants none
-            expected.append(("table", folder / TABLE))
-        expected += [("mask", path) for path in masks]
-        for what, path in expected:
+            expected[folder / TABLE] = "table"
+        if self.form:  # there may be two
+            expected |= dict.fromkeys(masks, "mask")
+        for path, what in expected.items():
             if not path.is_file():
                 return f"they have no {SAID[what]}"
             if not is_whole(path, record.get(what)):
@@ -284,8 +291,9 @@ class Outputs:
         """Write the files of a video: the record, then the table, the mask and the proposal.
 
         The record has the digests of what is to be written, by which a run that goes on after a
-        kill sees what is missing, and any run that a proposal is its own. A table or a mask of a
-        former run that is not written anew is deleted, unless `_still_true` says otherwise.
+        kill sees what is missing, and says where proposals are, by which any run knows its own. A
+        table or a mask of a former run that is not written anew is deleted, unless it is still true
+        and the run resumes.
 
         Args:
             video: Whose files they are.
@@ -295,26 +303,27 @@ class Outputs:
         Raises:
             OSError: with the name of what cannot be written.
         """
-        folder, files = self.folder(video), self.files(video)
+        folder, files, before = self.folder(video), self.files(video), self._record(video)
         contents = {what: self._content(what, video, objects) for what in files}
-        digests: dict[str, str | None] = {what: digest(data) for what, data in contents.items()}
-        kept = self._still_true(video, state)
-        before = self._record(video)
-        digests = {"mask": None, "table": None, **{what: before[what] for what in kept}, **digests}
-        if before.get("proposal") and "proposal" not in digests:  # it is ours, wherever it is
-            digests["proposal"] = OUTDATED if self._change(before, state) else before["proposal"]
-        write_json(folder / RECORD, {**self.origin, "frames": state, **digests}, compact=True)
+        digests = {what: digest(content) for what, content in contents.items()}
+        kept: dict[str, Path] = {}
+        if not self._change(before, state):
+            kept = self._still_true(video, before) if self.resume else {}
+            true = [what for what in (*kept, "proposal") if what in before]
+            digests = {what: before[what] for what in true} | digests
+        record = {**self.origin, "frames": state, "mask": None, "table": None, **digests}
+        if place := self._place() or before.get("proposals"):
+            record["proposals"] = place
+        write_json(folder / RECORD, record, compact=True)
         for path in {folder / name for name in (TABLE, *MASKS)} - {*files.values(), *kept.values()}:
             path.unlink(missing_ok=True)
         for what, path in files.items():
             with atomic_write(path) as file:
                 file.write(contents[what])
 
-    def _still_true(self, video: Video, state: list) -> dict[str, Path]:
-        """Return the table and the mask that a resumed run keeps, though it writes none itself."""
-        folder, files, record = self.folder(video), self.files(video), self._record(video)
-        if not self.resume or self._change(record, state):
-            return {}
+    def _still_true(self, video: Video, record: dict[str, Any]) -> dict[str, Path]:
+        """Return the table and the mask that a run keeps, though it writes none itself."""
+        folder, files = self.folder(video), self.files(video)
         former = [("table", folder / TABLE), *(("mask", folder / name) for name in MASKS)]
         return {
             what: path

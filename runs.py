@@ -4,13 +4,14 @@ What a checkpoint holds, who may go on from it and what is said about it belong 
 one long file.
 """
 
+import contextlib
 import copy
 import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 from checkpoints import is_finite, load_checkpoint, save_checkpoint
 from devices import Processes
+from files import alone_in
 from log import BOARD, LOG, MeanLoss, lines
 from model import UNet
 from optim import USUAL_BATCH, MuonAdamW, learning_rate_at
-from utils import Stopped, UserError, no_memory, resuming
+from utils import Stopped, UserError, no_memory, refused, resuming
 
 CHECKPOINT_EVERY = 5  # epochs
 LOOK_EVERY = 50  # steps: to look at a loss is to wait for the device
@@ -139,6 +141,9 @@ class Run:
             )
         try:
             self._take(checkpoint)
+            if checkpoint["training"].get("replaces") and self.processes.first:
+                for file in {*files_of_run(path.parent)} - {path}:  # of another, or made again
+                    file.unlink(missing_ok=True)
         except Exception as error:  # nonsense in the place of numbers raises nearly anything
             if no_memory(error):
                 raise
@@ -233,22 +238,24 @@ class Run:
                 "learning_rate": float(self.highest_rate),
             },
             "l2_sp": self.optimizer.l2_sp,
+            "replaces": bool(self.replaces),  # files that are here yet
         }
         self._write(out / LAST, training=training)
-        for path in self.replaces - {out / LAST}:
+        for path in self.replaces:
             path.unlink(missing_ok=True)
         self.replaces.clear()
 
     def replace_former(self, out: Path) -> None:
-        """Delete a former run for this one, whose state comes first; its epoch ends after that.
+        """Delete a former run for this one, whose state is saved first; its epoch ends after that.
 
-        So a full disk, or a kill, leaves either run whole.
+        So a full disk leaves the former run whole, and after a kill `restore` deletes the rest.
         """
         if self.replaces:
             self.save_last(out)
 
     def _write(self, path: Path, **more: Any) -> None:
         save_checkpoint(path, self._checkpoint() | more)
+        self.replaces.discard(path)
 
     def _must_be_finite(self) -> None:
         """Keep the checkpoints there are: a step whose loss is a number can end in none."""
@@ -280,6 +287,31 @@ def files_of_run(out: Path) -> list[Path]:
     if not checkpoints:
         return []
     return [*sorted(checkpoints), out / LOG, *sorted((out / BOARD).glob("events.out.tfevents.*"))]
+
+
+@contextlib.contextmanager
+def hold(out: Path, processes: Processes) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be; left empty it goes again.
+
+    Raises:
+        UserError: another run of this machine is at work there, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        fault = ""
+        if processes.first:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone_in(out))
+            except OSError as error:
+                fault = refused(error)
+        if fault := processes.collect([fault])[0]:
+            raise UserError(fault)
+        try:
+            yield
+        finally:
+            if processes.first:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool, processes: Processes) -> list[Path]:
@@ -400,7 +432,7 @@ def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
     words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
     if not run.begins:
         within = f" and step {run.done}" if run.done else ""
-        words.append(f"going on after epoch {run.epoch}{within}, of {num_epochs}")
+        words.append(f"going on after epoch {run.epoch} of {num_epochs}{within}")
     else:
         words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
     words.append(

@@ -8,18 +8,17 @@
 
 `path` is a folder of videos (a tenth of them is set aside for validation) or has train/ and val/.
 Training on it starts from weights/clevr_unet.pt, and an epoch of few videos goes through them
-several times; some thirty teach it their look.
+several times: some thirty videos are enough to learn their look.
 Writes Unet_checkpoint_epoch_X.pt every 5 epochs and after the last, Unet_checkpoint_last.pt after
 every epoch and every 5 minutes, Unet_checkpoint_best.pt by weighted IoU in validation, log.csv and
 TensorBoard events to --out. Weights that it starts from are validated first, as epoch 0, if they
-learned frames of this size: where training does not help, they are the best. SIGTERM and Ctrl-C
+learned frames of this width: where training does not help, they are the best. SIGTERM and Ctrl-C
 stop it after the current step, with all of its state saved.
 
 The whole of training is told here, from its options to its last words: so this is one long file.
 """
 
 import argparse
-import contextlib
 import copy
 import math
 import os
@@ -40,7 +39,7 @@ from checkpoints import SHIPPED, load_checkpoint
 from classes import CLASS_NAMES, NUM_CLASSES
 from dataset import CLEVRDataset, split_data
 from devices import Processes, choose_device, compile_network, mixed_precision
-from files import alone_in, digest
+from files import digest
 from log import Log, Progress, epoch_line
 from metrics import confusion_matrix, summarise
 from model import MAX_STAGES, UNet, for_labelling
@@ -54,6 +53,7 @@ from runs import (
     Run,
     check_folder,
     first_words,
+    hold,
     last_words,
     options_of,
 )
@@ -78,7 +78,12 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, default=DEMO_DATA, help="videos (default: %(default)s, rendered)")
     add("--proposals", type=Path, help="folder of proposal_00000.json, ... (default: none)")
     add("--out", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from Unet_checkpoint_last.pt under --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from Unet_checkpoint_last.pt under --out, "
+        "with its epochs, batch size and learning rate where none are given",
+    )
     add("--overwrite", action="store_true", help="delete the run that --out holds for the new one")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add = parser.add_argument_group("learning").add_argument
@@ -148,9 +153,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prepare data, network and optimiser, then train, validate and save epoch by epoch."""
+    """Train as the command line says; nobody else writes into --out meanwhile."""
     args = parse_args()
     processes = Processes(choose_device(args.device))
+    with hold(args.out, processes):
+        learn(args, processes)
+
+
+def learn(args: argparse.Namespace, processes: Processes) -> None:
+    """Prepare data, network and optimiser, then train, validate and save epoch by epoch."""
     device = processes.device
     seed_everything(args.seed, deterministic=args.deterministic or device.type == "cpu")
     replaces = check_folder(args.out, args.resume, args.overwrite, processes)
@@ -160,7 +171,9 @@ def main() -> None:
     processes.wait()
 
     model, init = build_model(args.init, args.data, args.widths, processes)
-    training, validation = split_data(args.data, args.seed, args.proposals, not args.no_cache)
+    training, validation, held_out = split_data(
+        args.data, args.seed, args.proposals, cache=not args.no_cache
+    )
     counts = [
         f"{counted(len(part), f'{kind} frame')} of {counted(len(part.videos), 'video')}"
         for kind, part in (("training", training), ("validation", validation))
@@ -169,12 +182,6 @@ def main() -> None:
     loader, val_loader = make_loaders(
         training, validation, args.batch_size, args.seed, args.workers, processes
     )
-    facts = {
-        "data": str(args.data.resolve()),
-        "seed": args.seed,
-        "held_out": digest(os.fsencode("\n".join(str(v.target) for v in validation.videos))),
-        "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
-    }
     run = Run.open(
         model,
         processes,
@@ -184,7 +191,12 @@ def main() -> None:
         learning_rate=args.learning_rate or scaled_rate(RATES[bool(init)], args.batch_size),
         l2_sp=L2_SP / len(training) if init else 0.0,
         seed=args.seed,
-        facts=facts,
+        facts={
+            "data": str(args.data.resolve()),
+            "seed": args.seed,
+            "held_out": digest(os.fsencode("\n".join(str(v.target) for v in held_out))),
+            "frame_size": list(training[0][0].shape[1:]),  # scale.py asks for it
+        },
         resume=args.out / LAST if args.resume else None,
         replaces=replaces,
     )
@@ -246,7 +258,8 @@ def validates_first(init: Path | None, facts: dict[str, Any], processes: Process
         return False
     checkpoint = load_checkpoint(init)
     same_data = checkpoint.get("data") == facts["data"]
-    if processes.first and same_data and checkpoint.get("held_out") != facts["held_out"]:
+    others = checkpoint.get("held_out", facts["held_out"]) != facts["held_out"]
+    if processes.first and same_data and others:
         print(
             f"warning: {init} learned from {facts['data']} with other videos set aside, and may "
             "know those that validate now: give the same --seed and the same videos",
@@ -275,15 +288,12 @@ def train_epochs(
 
     With `validate_first` what it begins with is validated and saved before: it may be the best.
     """
-    processes, epoch_steps, alone = run.processes, len(loader), contextlib.nullcontext()
+    processes, epoch_steps = run.processes, len(loader)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # those of sides of length 1
     network = DistributedDataParallel(run.model) if processes.count > 1 else run.model
     if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
-        alone = alone_in(out)
-    with alone, Keeper(run, out) as keeper:
-        if processes.first:
-            log = Log(out, -1 if run.begins else run.epoch, bool(run.replaces))
+        log = Log(out, -1 if run.begins else run.epoch, bool(run.replaces))
+    with Keeper(run, out) as keeper:
         if validate_first:
             figures = NOTHING_TRAINED | validate(run.ema, val_loader, processes, keeper)
             if processes.first:

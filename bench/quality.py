@@ -23,7 +23,7 @@ from augment import augment
 from batches import ShardedBatches
 from bench.peers import NETWORKS
 from bench.speed import train_loader
-from dataset import CLEVRDataset, split_videos
+from dataset import CLEVRDataset, split_data
 from evaluate import Tally
 from labelling import Labeller
 from optim import MuonAdamW, learning_rate_at, update_ema
@@ -106,7 +106,7 @@ def measure_quality(
     tracked_video_miou), and the minutes after which its foreground IoU first was SEEN.
     """
     processes = devices.Processes(device)
-    training, validation = map(CLEVRDataset, split_videos(data, 0))
+    training, validation, _ = split_data(data, 0)
     few = Subset(validation, range(0, len(validation), max(1, len(validation) // LOOK_AT)))
 
     def load(frames: CLEVRDataset | Subset, size: int, shuffle: bool) -> DataLoader:

@@ -66,9 +66,7 @@ SPOT, SPOT_SPREAD, AT_SPOT = (-3.9, 9.9), 0.45, 0.4
 # too, and are harder. This share of the videos is like them. Positions and energies are those of
 # its base scene, seen from its camera; the fourth lamp, the sky, gives less of the light.
 CLEVR_LIKE, CLEVR_SIZES = 0.12, (0.87, 1.75)
-CLEVR_CUBE = (
-    0.72  # of such a size: CLEVR divides its cubes' edges by the root of 2, CLEVRER does not
-)
+CLEVR_CUBE = 0.72  # of that: a half edge of 0.7 over the root of 2 there, of 0.39 in CLEVRER
 CLEVR_POSITION = np.array([[2.0, 3.1, 4.3], [-6.1, 10.8, 3.0], [1.2, 12.5, 5.8], [-48, -12, 108]])
 CLEVR_MOVES = np.array([[1.0], [1.0], [1.0], [0.0]])  # of each axis, either way
 CLEVR_POWER = np.array([[9.4], [2.8], [4.7], [1540]])
@@ -242,9 +240,10 @@ def make_scene(
     at_spot = bool(flat.any()) and not like_clevr and rng.random() < AT_SPOT
     if at_spot:  # the first of them goes first
         ids = np.roll(ids, -flat.argmax())
-    size = rng.choice(CLEVR_SIZES, len(ids)) if like_clevr else np.ones(len(ids))
+    size = np.ones(len(ids))
     if like_clevr:
-        size = np.where(shape == SHAPES.index("cube"), CLEVR_CUBE * size, size)
+        is_cube = shape == SHAPES.index("cube")
+        size = rng.choice(CLEVR_SIZES, len(ids)) * np.where(is_cube, CLEVR_CUBE, 1)
     xy, angle, kept = simulate(rng, FOOTPRINT[factors(ids)[0]] * size, num_frames, at_spot)
     ids, size = ids[kept], size[kept]
     shape, material, colour = factors(ids)

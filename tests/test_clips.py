@@ -479,6 +479,11 @@ def test_proposals_of_an_earlier_run_are_not_forgotten(run, tmp_path, clip):
     assert "1 of 1 videos have their masks already" in said
     assert path.stat().st_mtime_ns == before
     assert run(*arguments, "--every", 2)[0] == 0  # of which the proposals are not
+    (tmp_path / "others").mkdir()
+    foreign = shutil.copy(tmp_path / "out/video_00007/mask.json", tmp_path / "others" / path.name)
+    status, _, err = run(*arguments, "--proposals", tmp_path / "others")
+    assert (status, "holds proposal_00007.json, which" in err) == (2, True)
+    assert foreign.is_file()
     status, said, _ = run(*arguments, "--every", 2, *wanted, "--resume")
     assert (status, "their proposal is not what was written" in said) == (0, True)
     assert len(json.loads(path.read_text())["frames"]) == FRAMES // 2

@@ -171,6 +171,30 @@ def test_two_runs_into_one_folder_do_not_mix(former, videos, call):
     assert call(train, *options, "--resume", "--num-epochs", 7)[0] == 0
 
 
+@pytest.mark.parametrize("moment", ["unlink", "add", "save"])
+def test_a_run_killed_as_it_replaces_another_goes_on_as_if_alone(
+    finished, videos, tmp_path, call, monkeypatch, moment
+):
+    """Once its state is there, what is left of the other goes, at whatever moment it is killed."""
+    out, options = tmp_path / "out", ("--data", videos, "--num-epochs", 1, "--no-cache", *TINY)
+    shutil.copytree(finished, out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        owner = {"unlink": Path, "add": log.Log, "save": Run}[moment]
+        patch.setattr(owner, moment, killed)
+        assert call(train, *options, "--out", out, "--overwrite")[0] == 130
+    assert call(train, *options, "--out", out, "--resume")[0] == 0
+    assert call(train, *options, "--out", tmp_path / "alone")[0] == 0
+    names = [{path.name for path in folder.glob("*.*")} for folder in (out, tmp_path / "alone")]
+    assert names[0] == names[1]
+    assert figures(out) == figures(tmp_path / "alone")
+    for name in names[0] - {"log.csv"}:
+        assert same(weights(out / name), weights(tmp_path / "alone" / name))
+
+
 def test_overwriting_leaves_what_belongs_to_no_run(former, videos, call):
     before = contents(former)
     options = ("--data", videos, "--out", former, "--no-cache", *TINY)
@@ -246,7 +270,9 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     assert line.endswith("--resume")
     checkpoint = load_checkpoint(tmp_path / LAST)
     assert (checkpoint["epoch"], checkpoint["data"]) == (1, str(videos))
-    assert f"going on after epoch 1 and step {step - 24}" in call(train, *command, "--resume")[1]
+    assert (
+        f"going on after epoch 1 of 6 and step {step - 24}" in call(train, *command, "--resume")[1]
+    )
     assert same(weights(finished / LAST), weights(tmp_path / LAST))
     assert figures(finished) == figures(tmp_path)
 
@@ -273,7 +299,7 @@ def test_a_kill_costs_no_more_than_the_time_since_the_last_save(finished, videos
     command = ["--data", videos, "--out", tmp_path, "--num-epochs", 6, *TINY]
     arguments = (f"{signal.SIGKILL:d},34,0", *command)
     assert run(tmp_path / "stop.py", *arguments, env=OWN).returncode == -signal.SIGKILL
-    assert "going on after epoch 1 and step 9" in call(train, *command, "--resume")[1]
+    assert "going on after epoch 1 of 6 and step 9" in call(train, *command, "--resume")[1]
     for name in ("epoch_6", "best", "last"):
         path = f"Unet_checkpoint_{name}.pt"
         assert (finished / path).read_bytes() == (tmp_path / path).read_bytes(), name
@@ -295,10 +321,10 @@ def test_processes_stop_after_the_same_step_and_other_numbers_go_on(videos, tmp_
     assert (state["frames"], state["loss"][1]) == (63, 9)
     result = run("train.py", *command, 2, "--resume", launcher=torchrun(2))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on after epoch 1 and step 9" in result.stdout
+    assert "going on after epoch 1 of 2 and step 9" in result.stdout
     status, said, _ = call(train, *command, 3, "--resume")
     assert status == 0
-    assert "going on after epoch 2, of" in said
+    assert "going on after epoch 2 of 3\n" in said
     assert [row["epoch"] for row in figures(tmp_path)] == ["1", "2", "3"]
 
 
@@ -327,7 +353,7 @@ def test_processes_that_one_leaves_alone_end_with_a_sentence(
     command = ["--data", videos, "--out", tmp_path / "out", "--num-epochs", 7, "--resume", *TINY]
     result = run(tmp_path / "alone.py", *command, launcher=torchrun(count), env=OWN, timeout=60)
     assert result.returncode == 1
-    assert "going on after epoch 6, of" in result.stdout
+    assert "going on after epoch 6 of 7\n" in result.stdout
     assert "another process of this run has ended" in result.stderr
     assert ("something is wrong with process 1" in result.stderr) == (how == "fails")
     assert "[rank" not in result.stderr, "a traceback of one of them"
