@@ -274,7 +274,7 @@ def test_a_mask_that_cannot_be_written_is_named(run, tmp_path, ckpt):
     (tmp_path / "out/a/video_2").write_text("a file where a folder must go")
     status, _, err = run("--ckpt", ckpt, "--out", tmp_path / "out")
     assert status == 2
-    assert "out/a/video_2/mask.json: Not a directory: move away the file" in err
+    assert "out/a/video_2: File exists: move away the file that is where a folder has to be" in err
 
 
 def changed_since(before, folder):
