@@ -201,7 +201,8 @@ def test_kills_at_random_moments_cost_nothing(
             else ("first",)
         )
         early = rng.random() < 0.1
-        moment = rng.uniform(0, whole.begin if early else 1.05 * (whole.end - whole.begin))
+        latest = whole.begin if early else 1.05 * (whole.end - whole.begin)
+        moment = rng.uniform(0.002, max(0.002, latest))
         in_time, more = False, task.go_on if attempt else ()
         while not in_time and moment > 0.001:
             process = start(task, folder, processes, *more)
