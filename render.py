@@ -49,7 +49,7 @@ SETTINGS = "render.json"  # beside the videos: what made them
 # Where no data is given: few frames of each video to learn from, since a network learns more from
 # other objects than from the same ones a moment later.
 DEMO_DATA, DEMO_OBJECTS = Path("data/demo"), (4, 10)
-DEMO_PARTS = {"val": (1000, 28, 11, 1), "train": (1001, 840, 3, 5)}  # seed, videos, frames, every
+DEMO_PARTS = {"val": (1000, 28, 11, 1), "train": (1001, 1120, 3, 5)}  # seed, videos, frames, every
 KILLED = (
     "a process that renders was killed, perhaps for lack of memory: the same command goes on; "
     "if it happens again, give render.py fewer --workers"

@@ -62,6 +62,7 @@ from utils import UserError, at_least, counted, log_header, make_parser, run_scr
 
 RATES = 4e-3, 1e-3  # highest learning rate: from nothing, from trained weights
 DEMO_BATCH = 8  # frames: what few there are teach more in more steps
+DEMO_EPOCHS = 6  # more of them learn what they show by heart: more videos teach more
 MAX_NORM = 5.0  # of the gradient: some ten times a usual one, so that only an accident is cut
 L2_SP = 1300  # strength of MuonAdamW's L2-SP, times the training frames
 BN_STEPS = 10  # batches, or a tenth of the epoch if more, give the average its batch statistics
@@ -87,7 +88,11 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete the run that --out holds for the new one")
     add("--no-cache", action="store_true", help="decode the PNG files anew in every epoch")
     add = parser.add_argument_group("learning").add_argument
-    add("--num-epochs", type=at_least(1), help="in all (default: 8, or 30 with a file as --init)")
+    add(
+        "--num-epochs",
+        type=at_least(1),
+        help="in all (default: 8, 6 without --data, 30 with a file as --init)",
+    )
     add(
         "--batch-size",
         type=at_least(1),
@@ -134,7 +139,8 @@ def parse_args() -> argparse.Namespace:
             if getattr(args, name) is None:
                 setattr(args, name, value)
     if args.num_epochs is None:
-        args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else 8
+        usual = DEMO_EPOCHS if args.data == DEMO_DATA else 8
+        args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else usual
     args.batch_size = args.batch_size or (DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH)
     if args.resume and args.overwrite:
         parser.error(

@@ -433,7 +433,7 @@ def test_init_starts_from_the_given_weights(finished, videos, tmp_path, call):
         (["--data", "d", "--init", "none"], None, 4e-3, 8),
         (["--data", "d", "--init", "other.pt"], Path("other.pt"), 1e-3, 30),
         (["--data", "d", "--widths", "8", "16"], None, 4e-3, 8),
-        ([], None, 4e-3, 8),
+        ([], None, 4e-3, 6),
         (["--init", "other.pt", "--learning-rate", "0.5"], Path("other.pt"), 0.5, 30),
     ],
 )
