@@ -744,7 +744,7 @@ def test_a_network_that_sees_nothing_is_told_of_once_and_not_too_early():
 @pytest.mark.parametrize(
     ("options", "frames", "epochs"),
     [
-        ([], 8, 8),
+        ([], 8, 6),
         (["--data", "videos"], 16, 8),
         (["--data", "videos", "--init", "none"], 16, 8),
         (["--data", "videos", "--init", "file.pt"], 16, 30),
