@@ -131,11 +131,12 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     np.maximum.at(most, track, parts.pixels)
     chance = UNRELIABLE / (2 * UNRELIABLE + seen * most)
     cost = -np.log((1 - chance[:, None]) * p + chance[:, None] / NUM_KINDS)
-    new = new_class_cost(parts, track)
+    free = parts.free()
+    new = new_class_cost(parts, track, free)
     drop = np.where(most <= DROP_PIXELS, new + DROP, np.inf)
 
-    drop[is_speck(parts, track, most)] = -np.inf
-    twins = are_twins(parts, track, cost)
+    drop[is_speck(track, most, free)] = -np.inf
+    twins = are_twins(parts, track, cost, free)
     pairs = np.where(twins, 0, conflict_cost(parts, track))
 
     order = np.argsort(-seen * most, kind="stable")
@@ -151,7 +152,7 @@ def classify(parts: Parts, track: np.ndarray) -> tuple[np.ndarray, dict[int, flo
     return kind, confidence
 
 
-def new_class_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
+def new_class_cost(parts: Parts, track: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Return what it costs that each track is of a class that no other one has, (k,), in nats.
 
     Objects do not come and go in the midst of a scene: what is seen in few of its frames, always
@@ -159,25 +160,25 @@ def new_class_cost(parts: Parts, track: np.ndarray) -> np.ndarray:
     """
     lengths = np.bincount(np.unique(np.stack([track, parts.frame]), axis=1)[0])
     few = np.log(len(np.unique(parts.frame)) / lengths)
-    few[track[parts.free() | parts.at_edge]] = 0
+    few[track[free | parts.at_edge]] = 0
     return NEW_CLASS + HIDDEN * few
 
 
-def is_speck(parts: Parts, track: np.ndarray, most: np.ndarray) -> np.ndarray:
+def is_speck(track: np.ndarray, most: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Return which tracks are smaller than any object, `most` pixels, though nothing hides them."""
     hidden = np.zeros(len(most), bool)
-    hidden[track[~parts.free()]] = True
+    hidden[track[~free]] = True
     return ~hidden & (most <= DROP_PIXELS)
 
 
-def are_twins(parts: Parts, track: np.ndarray, cost: np.ndarray) -> np.ndarray:
+def are_twins(parts: Parts, track: np.ndarray, cost: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Return which tracks k and l are two objects of one class, (k, l) bool.
 
     Both are surely of it, and seen whole in one frame. In a video each is free of others sooner or
     later; of what touches another in the only frame there is we believe it.
     """
     best, sure = cost.argmin(axis=1), cost.min(axis=1) <= -np.log(SURE)
-    whole = parts.free() if np.ptp(parts.frame) else ~parts.at_edge
+    whole = free if np.ptp(parts.frame) else ~parts.at_edge
     seen = np.flatnonzero(whole & sure[track])
     frames, of_frame = np.unique(parts.frame[seen], return_inverse=True)
     who, of_who = np.unique(track[seen], return_inverse=True)

@@ -141,9 +141,6 @@ class Run:
             )
         try:
             self._take(checkpoint)
-            if checkpoint["training"].get("replaces") and self.processes.first:
-                for file in {*files_of_run(path.parent)} - {path}:  # of another, or made again
-                    file.unlink(missing_ok=True)
         except Exception as error:  # nonsense in the place of numbers raises nearly anything
             if no_memory(error):
                 raise
@@ -151,6 +148,9 @@ class Run:
             raise UserError(
                 f"{path} holds no state to go on from ({reason}): give another --out"
             ) from None
+        if checkpoint["training"].get("replaces") and self.processes.first:
+            for file in {*files_of_run(path.parent)} - {path}:  # of another run, or made again
+                file.unlink(missing_ok=True)
 
     def _take(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["training"]
@@ -291,13 +291,13 @@ def files_of_run(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def hold(out: Path, processes: Processes) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if need be; left empty it goes again.
+    """Keep other runs out of a folder, which is made if need be; if nothing comes of it, it goes.
 
     Raises:
         UserError: another run of this machine is at work there, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
-        fault = ""
+        fault, made = "", processes.first and not out.exists()
         if processes.first:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,7 @@ def hold(out: Path, processes: Processes) -> Iterator[None]:
         try:
             yield
         finally:
-            if processes.first:
+            if made:
                 with contextlib.suppress(OSError):
                     out.rmdir()
 
@@ -427,20 +427,20 @@ class Keeper:
         return Stopped(f"\nstopped after {where}, all is saved; go on with: {command}", number)
 
 
-def first_words(run: Run, init: Path | None, num_epochs: int) -> str:
+def first_words(run: Run, init: Path | None) -> str:
     """Return what is printed of how a run begins or goes on."""
     words = [f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters"]
     if not run.begins:
         within = f" and step {run.done}" if run.done else ""
-        words.append(f"going on after epoch {run.epoch} of {num_epochs}{within}")
+        words.append(f"going on after epoch {run.epoch} of {run.num_epochs}{within}")
     else:
         words.append(f"starting from {f'the weights of {init}' if init else 'nothing'}")
     words.append(
         "validation reads each frame alone; infer.py also follows objects and scores higher"
     )
     words.append(f"learning rate up to {run.highest_rate:g}")
-    if run.epoch >= num_epochs:
-        words.append(f"nothing left to do: {run.epoch} of {num_epochs} epochs are done")
+    if run.epoch >= run.num_epochs:
+        words.append(f"nothing left to do: {run.epoch} of {run.num_epochs} epochs are done")
     return "\n".join(words)
 
 

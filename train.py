@@ -134,14 +134,7 @@ def parse_args() -> argparse.Namespace:
         "on a CPU that is always so",
     )
     args = parser.parse_args()
-    if args.resume:  # what is not given stays as it was
-        for name, value in options_of(args.out / LAST).items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-    if args.num_epochs is None:
-        usual = DEMO_EPOCHS if args.data == DEMO_DATA else 8
-        args.num_epochs = 30 if args.init and args.init != FROM_NOTHING else usual
-    args.batch_size = args.batch_size or (DEMO_BATCH if args.data == DEMO_DATA else USUAL_BATCH)
+    fill_in(args)
     if args.resume and args.overwrite:
         parser.error(
             "--resume keeps the run that --overwrite deletes: leave out one of them (a killed run "
@@ -156,6 +149,17 @@ def parse_args() -> argparse.Namespace:
     if args.widths and not 2 <= len(args.widths) <= MAX_STAGES:
         parser.error(f"--widths needs two to {MAX_STAGES} numbers, one for each stage")
     return args
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Give what the command line leaves out: as the run that it resumes has it, or the usual."""
+    if args.resume:
+        for name, value in options_of(args.out / LAST).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    demo, trained = args.data == DEMO_DATA, args.init and args.init != FROM_NOTHING
+    args.num_epochs = args.num_epochs or (30 if trained else DEMO_EPOCHS if demo else 8)
+    args.batch_size = args.batch_size or (DEMO_BATCH if demo else USUAL_BATCH)
 
 
 def main() -> None:
@@ -206,7 +210,7 @@ def learn(args: argparse.Namespace, processes: Processes) -> None:
         resume=args.out / LAST if args.resume else None,
         replaces=replaces,
     )
-    processes.say(first_words(run, init, args.num_epochs))
+    processes.say(first_words(run, init))
     if args.compile:
         images, masks = next(iter(loader))
         compile_network(model.train(), augment(images.to(device), masks.to(device))[0])
@@ -264,16 +268,16 @@ def validates_first(init: Path | None, facts: dict[str, Any], processes: Process
         return False
     checkpoint = load_checkpoint(init)
     same_data = checkpoint.get("data") == facts["data"]
-    others = checkpoint.get("held_out", facts["held_out"]) != facts["held_out"]
-    if processes.first and same_data and others:
+    same_split = checkpoint.get("held_out", facts["held_out"]) == facts["held_out"]
+    if processes.first and same_data and not same_split:
         print(
             f"warning: {init} learned from {facts['data']} with other videos set aside, and may "
             "know those that validate now: give the same --seed and the same videos",
             file=sys.stderr,
         )
     height, width = learned = learned_size(checkpoint, init)
-    view, *others = Scale(learned).views(*facts["frame_size"])
-    if view.size == view.own and not others:
+    view, *squares = Scale(learned).views(*facts["frame_size"])
+    if view.size == view.own and not squares:
         return True
     processes.say(
         f"not validated before, since these weights read frames of {width} x {height} pixels, "

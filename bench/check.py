@@ -33,7 +33,7 @@ import render
 import utils
 from augment import augment
 from batches import ShardedBatches, make_loaders
-from dataset import CLEVRDataset, split_videos
+from dataset import CLEVRDataset, split_data
 from labelling import Labeller
 from model import UNet
 from optim import MuonAdamW
@@ -168,9 +168,7 @@ def compare_step(case: Case, full: bool) -> Finding:
 def run_train(case: Case, out: str, epochs: int = 2, resume: bool = False) -> Tensor:
     """Train a tiny network up to an epoch of two; return the weights that were saved, (N,)."""
     processes, last = devices.Processes(case.device), case.folder / out / LAST
-    training, validation = (
-        CLEVRDataset(videos, cache=False) for videos in split_videos(case.folder / "data", 0)
-    )
+    training, validation, _ = split_data(case.folder / "data", 0, cache=False)
     torch.manual_seed(SEED)
     model = UNet((8, 16)).to(case.device, memory_format=torch.channels_last)
     deterministic = torch.get_deterministic_debug_mode()
