@@ -108,20 +108,17 @@ def make_loaders(
     )
 
 
-def choose_workers(
-    requested: int | None, batch: int, processes: Processes, most: int = MAX_READERS
-) -> int:
+def choose_workers(requested: int | None, batch: int, processes: Processes) -> int:
     """Return how many processes read for this one: no more than shared memory has room for.
 
     Args:
         requested: How many the user wants; None: the default, no more than there are cores for.
         batch: Bytes of what is read ahead once, of all processes together.
         processes: Those that share this machine's cores and shared memory.
-        most: The default has no more.
     """
     if requested is None:
         cores = usable_cpus() // processes.local_count - 1  # one feeds the device
-        requested = 0 if processes.device.type == "cpu" else min(most, max(0, cores))
+        requested = 0 if processes.device.type == "cpu" else min(MAX_READERS, max(0, cores))
     if not requested:
         return 0
     if why := why_alone():

@@ -123,15 +123,10 @@ def peak_memory(device: torch.device) -> int | None:
         # Unlike getrusage's, this peak is not inherited from the process that started this one.
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-    return resident("RUSAGE_SELF")
-
-
-def resident(whose: str) -> int | None:
-    """Return getrusage's peak in bytes, of RUSAGE_SELF or RUSAGE_CHILDREN; None on Windows."""
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(getattr(resource, whose)).ru_maxrss
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def network_peak(name: str, training: bool, batch_size: int, device: torch.device) -> int | None:
@@ -143,12 +138,11 @@ def network_peak(name: str, training: bool, batch_size: int, device: torch.devic
 
 
 def infer_peak(arguments: list[str]) -> int | None:
-    """Return the peak of a process that runs infer.py, and of the largest that decodes for it."""
-    sys.argv = ["infer.py", *arguments]
+    """Return the peak of a process that runs infer.py, by its threads alone."""
+    sys.argv = ["infer.py", *arguments, "--workers", "0"]
     utils.keep_freed_memory()  # as its run_script does
     infer.main()
-    peaks = peak_memory(torch.device("cpu")), resident("RUSAGE_CHILDREN")
-    return None if None in peaks else sum(peaks)
+    return peak_memory(torch.device("cpu"))
 
 
 def measure_memory(

@@ -5,6 +5,7 @@ import copy
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from datetime import timedelta
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,22 @@ def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
         model.answers = torch.compile(model.answers)
 
 
+def free_memory(device: torch.device) -> float:
+    """Return how many bytes of a device's memory are free; infinity where nobody says so.
+
+    Of a CPU they are those of the machine, or of the container if it may have fewer.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [math.inf]
+    with contextlib.suppress(OSError, TypeError):  # not on Linux
+        text = Path("/proc/meminfo").read_text()
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
+
+
 def usable_cpus() -> int:
     """Return how many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
@@ -185,13 +203,17 @@ def why_alone() -> str:
 def start_process(
     job: Callable[..., None], *args: Any, daemon: bool
 ) -> tuple[BaseProcess, Connection]:
-    """Start job(*args, sender) in a process; return it, and what receives what that sends."""
+    """Start job(*args, its_end) in a process; return it, and this end of a pipe between the two.
+
+    A process first imports what this one has. Large arguments, for which this one would wait until
+    then, are better sent through the pipe when all have been started.
+    """
     context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=job, args=(*args, sender), daemon=daemon)
+    own_end, its_end = context.Pipe()
+    process = context.Process(target=job, args=(*args, its_end), daemon=daemon)
     process.start()
-    sender.close()
-    return process, receiver
+    its_end.close()
+    return process, own_end
 
 
 def end_processes(processes: list[BaseProcess]) -> None:

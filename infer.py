@@ -34,7 +34,7 @@ from files import digest
 from labelling import BATCH_SIZE, Labeller
 from model import UNet
 from outputs import Outputs, provenance
-from pipeline import choose_decoders, label_videos
+from pipeline import choose_labellers, label_videos
 from scale import Scale, learned_size, scale_factor
 from utils import (
     Stopped,
@@ -59,8 +59,6 @@ def main() -> int:
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     tracking = not args.no_consistency
     labeller = Labeller(model, processes.device, args.batch_size, tracking, scale)
-    if args.compile:
-        labeller.compile()
 
     options = {"consistency": tracking, "scale": args.scale, "every": args.every}
     origin = provenance(checkpoint["digest"], **options)
@@ -74,7 +72,8 @@ def main() -> int:
 
     start = time.perf_counter()
     try:
-        done, frames, skipped = label(labeller, videos, outputs, args.workers, processes)
+        workers = choose_labellers(args.workers, videos, processes)
+        done, frames, skipped = label(labeller, videos, outputs, workers, args.compile, processes)
     except KeyboardInterrupt:
         words = f"\ninterrupted, what is done is kept; go on with: python {resuming()}"
         raise Stopped(words if processes.first else "", signal.SIGINT) from None
@@ -146,7 +145,8 @@ def label(
     labeller: Labeller,
     videos: list[Video],
     outputs: Outputs,
-    workers: int | None,
+    workers: int,
+    compiled: bool,
     processes: Processes,
 ) -> tuple[int, int, int]:
     """Label this process's share of the videos; name each that is skipped on stderr.
@@ -157,8 +157,7 @@ def label(
     totals, messages = torch.zeros(3, dtype=torch.int64), []
     if videos:
         dataset = CLEVRDataset(videos, labelled=False)
-        workers = choose_decoders(dataset, workers, labeller.batch_size, processes)
-        pieces = label_videos(labeller, dataset, outputs, workers)
+        pieces = label_videos(labeller, dataset, outputs, workers, compiled)
         bar = tqdm(total=len(videos), unit="video", disable=None)  # none in a log file
         with bar, contextlib.closing(pieces):
             for done in pieces:
@@ -239,7 +238,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=at_least(0),
-        help="processes that decode short videos (default: on a CPU 0, else up to 16)",
+        help="processes that label videos of their own; 0: threads of this one do (default: 0, "
+        "from 10,000 frames on one for each core)",
     )
     add(
         "--compile",

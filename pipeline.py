@@ -1,61 +1,61 @@
 """Thousands of videos, from their files to the files of their masks: the engine of infer.py.
 
 `label_videos` reads short videos a batch at a time and long ones frame by frame, lets a Labeller
-label them in worker threads, and writes what is found.
+label them, and writes what is found: in threads of this process, or, since Python lets only one
+thread of a process run at a time, of many videos in processes that label videos of their own.
 """
 
-import contextlib
-import math
+import copy
+import pickle
+import signal
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from batches import choose_workers, worker_start
-from classes import FRAME_SIZE
 from dataset import CLEVRDataset
-from decode import read_frame
-from devices import Processes, in_threads, shared_threads
+from devices import (
+    Processes,
+    choose_device,
+    end_processes,
+    follow_parent,
+    free_memory,
+    in_threads,
+    shared_threads,
+    start_process,
+    usable_cpus,
+    without_ctrl_c,
+)
 from labelling import Labeller
 from objects import Objects
 from outputs import Outputs
-from utils import UserError
+from utils import UserError, keep_freed_memory
 from videos import Frame, Video, read_frames
 
-MAX_WORKERS = 16  # processes that decode for a GPU, at about 1,000 frames/s each
+MAX_WORKERS = 32  # processes that label
+MANY_FRAMES = 10_000  # of fewer, processes take as long to start as they save
+CLIP_FRAMES = 128  # of a video file, as CLEVRER's: to count them would be to open them all
+OWN_MEMORY = 2 * 2**30  # bytes of the machine's memory and of a GPU's that each process may need
+KILLED = (
+    "a process that labels was killed, perhaps for lack of memory: give fewer --workers or a "
+    "smaller --batch-size; what is done is kept, and the same command with --resume goes on"
+)
 
 
 class WholeVideo(NamedTuple):
-    """A video with all of its frames, or with the sentence that says why it has none."""
+    """A video with all of its frames."""
 
     video: Video
     state: list[list[str | int] | None]  # of its files, before they were read
     frames: Tensor  # uint8 (T, 3, H, W)
-    fault: str = ""
-
-
-class WholeVideos(Dataset):
-    """The videos of a CLEVRDataset, each as a WholeVideo."""
-
-    def __init__(self, dataset: CLEVRDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset.videos)
-
-    def __getitem__(self, v: int) -> WholeVideo:
-        video = self.dataset.videos[v]
-        state = video.state()
-        try:
-            return WholeVideo(video, state, self.dataset.video(v))
-        except UserError as error:
-            return WholeVideo(video, state, torch.empty(0), str(error))
 
 
 class Done(NamedTuple):
@@ -68,7 +68,11 @@ class Done(NamedTuple):
 
 
 def label_videos(
-    labeller: Labeller, dataset: CLEVRDataset, outputs: Outputs, workers: int = 0
+    labeller: Labeller,
+    dataset: CLEVRDataset,
+    outputs: Outputs,
+    workers: int = 0,
+    compiled: bool = False,
 ) -> Iterator[Done]:
     """Label all videos of a data set and write what is found, a few videos at a time.
 
@@ -76,60 +80,123 @@ def label_videos(
         labeller: How.
         dataset: The videos; their labels, if they have any, are not looked at.
         outputs: Where their files go.
-        workers: Processes that decode short videos ahead; long ones and clips are decoded by the
-            worker threads. On a CPU 0 are best: its worker threads, of which each labels videos
-            of its own, decode for themselves.
+        workers: Processes that label, as of `choose_labellers`; with 0 this one does, in threads.
+        compiled: Whether the network is compiled first.
 
     Yields:
         What was done, as it is. A video that cannot be read is left out and named there. Until the
         generator is closed the process has fewer threads for each operation.
+
+    Raises:
+        UserError: a process was killed. What else failed in one is raised as it is.
     """
     # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
-    device, videos = labeller.device, WholeVideos(dataset)
-    lengths = [len(video.names) for video in dataset.videos]
-    short = [v for v, length in enumerate(lengths) if 0 < length <= labeller.batch_size]
-    long = [dataset.videos[v] for v in sorted(set(range(len(lengths))) - set(short))]
-    groups = fill_batches([lengths[v] for v in short], labeller.batch_size)
+    work, numbers = Work(labeller, dataset, outputs), range(len(dataset.videos))
+    short = [v for v in numbers if work.is_short(v)]
+    long = [v for v in numbers if not work.is_short(v)]
+    groups = fill_batches([len(dataset.videos[v].names) for v in short], labeller.batch_size)
     batches = [[short[i] for i in group] for group in groups]
-    work = Work(labeller, outputs)
-    with shared_threads(device) as threads:
-        if workers or device.type != "cpu":
-            loader = DataLoader(
-                videos,
-                batch_sampler=batches,
-                num_workers=workers,
-                multiprocessing_context=worker_start(workers),
-                collate_fn=list,
-                pin_memory=device.type not in ("cpu", "mps"),
-            )
-            yield from in_threads(work.label_read, loader, threads)
-        else:
-            yield from in_threads(partial(work.read_and_label, videos), batches, threads)
+    if workers:
+        yield from in_processes(work, [*batches, *([v] for v in long)], workers, compiled)
+        return
+    if compiled:
+        labeller.compile()
+    with shared_threads(labeller.device) as threads:
+        yield from in_threads(work.label_short, batches, threads)
         with ThreadPoolExecutor(threads) as pool:
             stop = threading.Event()
             label = partial(work.label_long, pool=pool, ahead=threads, stop=stop)
             yield from in_threads(label, long, threads, stop)
 
 
+def in_processes(
+    work: "Work", groups: list[list[int]], workers: int, compiled: bool
+) -> Iterator[Done]:
+    """Label groups of videos in processes, each every so many-th of them; as `label_videos`.
+
+    There is nothing between the processes but a pipe for what they have done: they can be ended at
+    any moment, since a mask is whole or not there.
+    """
+    twin = copy.copy(work.labeller)
+    twin.model = copy.deepcopy(twin.model).cpu()  # from where any process can take it
+    packed = pickle.dumps(work._replace(labeller=twin))
+    share = max(1, torch.get_num_threads() // workers)
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        with without_ctrl_c():  # which they never get: this process ends them
+            for _ in range(min(workers, len(groups))):
+                process, pipe = start_process(label_share, share, compiled, daemon=True)
+                running[pipe] = process
+        for n, pipe in enumerate(running):
+            pipe.send_bytes(packed)
+            pipe.send(groups[n::workers])
+        while running:
+            for pipe in wait(list(running)):
+                told = pipe.recv()
+                if told is None:
+                    running.pop(pipe).join()
+                elif isinstance(told, Exception):
+                    raise told
+                else:
+                    yield told
+    except (EOFError, ConnectionError):  # there is nobody at its other end
+        raise UserError(KILLED) from None
+    finally:
+        end_processes(list(running.values()))
+
+
+def label_share(threads: int, compiled: bool, pipe: Connection) -> None:
+    """Label groups of videos in a process of its own.
+
+    Args:
+        threads: It computes with so many.
+        compiled: Whether the network is compiled first.
+        pipe: Gives a pickled Work and the groups of numbers; takes what was done, as it is, and at
+            the end None, or what has failed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    try:
+        work: Work = pickle.loads(pipe.recv_bytes())
+        labeller = work.labeller
+        labeller.model.to(choose_device(str(labeller.device)))
+        if compiled:
+            labeller.compile()
+        for group in pipe.recv():
+            is_short = work.is_short(group[0])
+            pipe.send(work.label_short(group) if is_short else work.label_long(*group))
+        pipe.send(None)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # for what is a bug
+        pipe.send(error)
+
+
 class Work(NamedTuple):
-    """What the worker threads do with videos: label those that have no mask yet, and save it."""
+    """What threads and processes do with videos: label those that have no mask yet, and save it."""
 
     labeller: Labeller
+    dataset: CLEVRDataset
     outputs: Outputs
 
-    def read_and_label(self, videos: WholeVideos, numbers: Sequence[int]) -> Done:
-        """Label the short videos of these numbers."""
-        pending = [v for v in numbers if not self.outputs.is_done(videos.dataset.videos[v])]
-        return self.label([videos[v] for v in pending])
+    def is_short(self, v: int) -> bool:
+        """Return whether all frames of a video fit into a batch."""
+        return 0 < len(self.dataset.videos[v].names) <= self.labeller.batch_size
 
-    def label_read(self, read: Sequence[WholeVideo]) -> Done:
-        """Label short videos that other processes have read."""
-        return self.label([video for video in read if not self.outputs.is_done(video.video)])
-
-    def label(self, read: Sequence[WholeVideo]) -> Done:
-        """Label short videos, those of one frame size together."""
-        whole, messages, frames, count = [v for v in read if not v.fault], [], 0, 0
-        faults = [self.fault(video.video, video.fault) for video in read if video.fault]
+    def label_short(self, numbers: Sequence[int]) -> Done:
+        """Label the short videos of these numbers, those of one frame size together."""
+        whole, faults, messages, frames = [], [], [], 0
+        for v in numbers:
+            video = self.dataset.videos[v]
+            if self.outputs.is_done(video):
+                continue
+            state = video.state()
+            try:
+                whole.append(WholeVideo(video, state, self.dataset.video(v)))
+            except UserError as error:
+                faults.append(self.fault(video, str(error)))
+        count = 0
         for _, alike in groupby(whole, key=lambda video: video.frames.shape[2:]):
             group = list(alike)
             numbers = [video.video.numbers for video in group]
@@ -145,15 +212,22 @@ class Work(NamedTuple):
             count += len(group)
         return Done(count, frames, faults, messages)
 
-    def label_long(self, video: Video, pool: Executor, ahead: int, stop: threading.Event) -> Done:
-        """Label a long video or a clip as it is read, `ahead` batches at a time, until `stop`."""
+    def label_long(
+        self,
+        v: int,
+        pool: Executor | None = None,
+        ahead: int = 0,
+        stop: threading.Event | None = None,
+    ) -> Done:
+        """Label a long video or a clip as it is read, as of `label_ahead`, until `stop`."""
+        video = self.dataset.videos[v]
         if self.outputs.is_done(video):
             return Done(0, 0, [], [])
         state = video.state()
 
         def frames() -> Iterator[Frame]:
             for frame in read_frames(video):
-                if stop.is_set():
+                if stop and stop.is_set():
                     raise UserError("stopped")
                 yield frame
 
@@ -199,16 +273,20 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
         yield group
 
 
-def choose_decoders(
-    dataset: CLEVRDataset, requested: int | None, batch_size: int, processes: Processes
-) -> int:
-    """Return how many processes decode ahead: `requested`, or what the machine has room for.
+def choose_labellers(requested: int | None, videos: Sequence[Video], processes: Processes) -> int:
+    """Return how many processes label for this one; 0: its own threads do.
 
-    Each reads batches of `batch_size` frames ahead, as large as the first frame of the data set.
+    Args:
+        requested: How many the user wants; None: what pays, one for each core.
+        videos: What they label.
+        processes: Those of the run, who share this machine.
     """
-    frame = 3 * math.prod(FRAME_SIZE)  # bytes
-    with contextlib.suppress(UserError, StopIteration):
-        first = next(video for video in dataset.videos if video.names)
-        frame = read_frame(first.frames[0]).numel()
-    ahead = batch_size * frame * processes.count
-    return choose_workers(requested, ahead, processes, MAX_WORKERS)
+    if requested is not None:
+        return requested
+    frames = sum(len(video.names) or CLIP_FRAMES for video in videos)
+    if frames < MANY_FRAMES or processes.device.type == "mps":  # Apple's bears one process
+        return 0
+    shared = usable_cpus(), free_memory(torch.device("cpu")) / OWN_MEMORY
+    each = (resource / processes.local_count for resource in shared)
+    count = int(min(MAX_WORKERS, *each, free_memory(processes.device) / OWN_MEMORY))
+    return count if count > 1 else 0

@@ -279,6 +279,9 @@ def report(device: torch.device, ckpt: Path) -> int:
         for name, check in CHECKS.items():
             try:
                 well, text = check(case)
+            except utils.Stopped as stop:  # by a signal, not by a fault
+                stop.args = ("stopped",)
+                raise
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
                 well, text = False, f"{type(error).__name__}: {lines[-1].strip()}"

@@ -33,7 +33,7 @@ from labelling import BATCH_SIZE, Labeller
 from model import UNet
 from optim import MuonAdamW, update_ema
 from outputs import Outputs, provenance
-from pipeline import choose_decoders, label_videos
+from pipeline import choose_labellers, label_videos
 from runs import Keeper, Run
 from scale import AS_THEY_ARE
 from videos import Video, read_video
@@ -209,7 +209,7 @@ def measure_infer(
         dataset = linked_videos(videos, Path(folder, "data"), number)
         in_memory = [*islice(cycle(frames), number)]
         outputs = Outputs(Path(folder, "masks"), provenance(None))
-        workers = choose_decoders(dataset, None, BATCH_SIZE, devices.Processes(device))
+        workers = choose_labellers(None, dataset.videos, devices.Processes(device))
         calls = {
             "infer.py": lambda: deque(label_videos(labeller, dataset, outputs, workers), maxlen=0),
             "its network alone": lambda: in_worker_threads(look, in_memory, device),

@@ -142,7 +142,6 @@ def test_readers_are_bounded_by_cores_and_shared_memory(monkeypatch, capsys):
     monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
     assert batches.choose_workers(None, 10**6, processes) == 3
-    assert batches.choose_workers(None, 10**5, processes, most=2) == 2
     assert not capsys.readouterr().out
     fit = batches.choose_workers(16, 10**7, processes)  # 10 MB ahead twice, half for each process
     assert fit == 5

@@ -115,7 +115,8 @@ def assert_labels_of(mask, video, network, tracking=True):
 def test_script_mirrors_the_data_it_was_trained_on(tmp_path, data, ckpt, network):
     write_video(data / "c/other", 2, size=(33, 47))  # a size of its own, no multiple of anything
     (data / "a/video_2/mask.npy").write_bytes(b"labels are not even read")
-    done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out", "--scale", 1)
+    options = ("--scale", 1, "--device", "cpu")  # by whose rounding classes of noise are chosen
+    done = run_alone("infer.py", "--ckpt", ckpt, "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert "4 videos, 38 frames in " in done.stdout.splitlines()[-2]
     (data / "a/video_2/mask.npy").unlink()
@@ -537,35 +538,89 @@ def test_what_is_left_to_resume_is_shared_out_anew(run, tmp_path, data, ckpt):
 
 
 def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
-    """Its readers and writers included; a result read before its copy came would be rubbish."""
+    """In threads and in processes; a result read before its copy came would be rubbish."""
     (tmp_path / "pretended.py").write_text(
-        "import runpy, sys\n"
+        "import sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import infer, pretend\n"
+        "pretend.install()\n"  # in all processes
         "if __name__ == '__main__':\n"
-        "    import pretend\n"
-        "    pretend.install()\n"
-        "    runpy.run_path(sys.path[0] + '/infer.py', run_name='__main__')\n"
+        "    infer.run_script(infer.main)\n"
     )
-    options = ("--device", "pretend", "--workers", 2, "--ckpt", ckpt, "--out", tmp_path / "gpu")
-    done = run_alone(tmp_path / "pretended.py", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
     assert run("--ckpt", ckpt, "--out", tmp_path / "cpu")[0] == 0
-    gpu, cpu = masks_below(tmp_path / "gpu"), masks_below(tmp_path / "cpu")
-    assert gpu.keys() == cpu.keys()
-    assert all((gpu[name] == cpu[name]).mean() > 0.99 for name in cpu)
+    cpu = masks_below(tmp_path / "cpu")
+    for workers in (0, 2):
+        out = tmp_path / f"gpu {workers}"
+        options = ("--device", "pretend", "--workers", workers, "--ckpt", ckpt, "--out", out)
+        done = run_alone(tmp_path / "pretended.py", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        gpu = masks_below(out)
+        assert gpu.keys() == cpu.keys()
+        assert all((gpu[name] == cpu[name]).mean() > 0.99 for name in cpu)
 
 
-@pytest.mark.filterwarnings("error:.*fork.*")  # of a process with threads
-def test_processes_that_decode_ahead_change_nothing(call, run, tmp_path, data, ckpt):
+def test_processes_that_label_change_nothing(call, run, tmp_path, data, ckpt):
+    """Of a faulty video, of short ones, and of one longer than a batch; then nothing is left."""
     (data / "a/video_10/image_3.png").write_bytes(b"no picture")
-    arguments = ("--ckpt", ckpt, "--device", "cpu", "--out")
-    status, _, err = call(infer, *arguments, tmp_path / "ahead", "--workers", 2)
+    arguments = ("--ckpt", ckpt, "--device", "cpu", "--batch-size", 12, "--objects", "--out")
+    status, said, err = call(infer, *arguments, tmp_path / "many", "--workers", 2)
     assert status == 1
     assert "video_10/image_3.png" in err
-    assert run("--ckpt", ckpt, "--out", tmp_path / "alone")[0] == 1
-    ahead, alone = masks_below(tmp_path / "ahead"), masks_below(tmp_path / "alone")
-    assert len(ahead) == 2
-    assert all(np.array_equal(ahead[name], alone[name]) for name in alone)
+    assert run(*arguments[:2], *arguments[4:], tmp_path / "alone")[0] == 1
+    many, alone = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "many", tmp_path / "alone")
+    )
+    assert many == alone
+    assert len(many) == 2 * 3
+    again = call(infer, *arguments, tmp_path / "many", "--workers", 2, "--resume")
+    assert "0 videos, 0 frames" in again[1]
+
+
+DEADLY = """
+import os, signal, sys
+sys.path.insert(0, os.environ["ROOT"])
+import infer
+import pipeline
+label_short = pipeline.Work.label_short
+
+def ends(work, numbers):
+    if not list(work.outputs.out.rglob("mask.npy")):  # the first piece of work
+        return label_short(work, numbers)
+    if os.environ["END"] == "error":
+        raise OSError(28, "No space left on device", "disk")
+    if os.environ["END"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGINT)  # as a terminal sends it
+    signal.pause()
+
+pipeline.Work.label_short = ends
+if __name__ == "__main__":
+    infer.run_script(infer.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("kill", 2, "error: a process that labels was killed, perhaps for lack of memory: give"),
+        ("error", 2, "error: disk: No space left on device: make room"),
+        ("ctrl-c", 130, "interrupted, what is done is kept; go on with: python"),
+    ],
+)
+def test_what_ends_a_process_that_labels_is_one_line(end, status, said, run, tmp_path, data, ckpt):
+    """And nothing is lost: --resume goes on."""
+    script = tmp_path / "deadly.py"
+    script.write_text(DEADLY)
+    arguments = ("--ckpt", ckpt, "--data", data, "--out", tmp_path / "out")
+    options = {"env": os.environ | {"ROOT": str(ROOT), "END": end}, "process_group": 0}
+    done = run_alone(script, *arguments, "--device", "cpu", "--workers", 1, **options)
+    assert done.returncode == status, done.stderr[-3000:]
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(masks_below(tmp_path / "out")) == 1
+    assert run(*arguments, "--resume")[0] == 0
+    assert len(masks_below(tmp_path / "out")) == 3
 
 
 def test_objects_csv_says_where_each_object_is(run, tmp_path, data, ckpt):

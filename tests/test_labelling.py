@@ -1,23 +1,26 @@
-"""The engine of infer.py: which videos come together, what a device is asked for, who decodes."""
+"""The engine of infer.py: which videos come together, what a device is asked for, who labels."""
 
 import json
+import math
+import os
 from itertools import chain
-from types import SimpleNamespace
+from pathlib import Path
 
 import pretend
 import pytest
 import torch
 from conftest import ROOT, make_video, write_video
 
-import batches
+import devices
 import labelling
-from dataset import CLEVRDataset
+import pipeline
 from devices import Processes, mixed_precision
 from labelling import Labeller
 from model import UNet
-from pipeline import choose_decoders, fill_batches
+from pipeline import choose_labellers, fill_batches
 from render import render_video
 from utils import UserError
+from videos import Video, find_videos
 
 PRETEND = """
 import sys, json, torch
@@ -119,18 +122,32 @@ def test_short_videos_fill_a_batch_and_none_is_torn():
     assert list(fill_batches([], 11)) == []
 
 
-def test_decoders_are_those_that_the_machine_has_room_for(tmp_path, monkeypatch, capsys):
-    """8 cores and 40 MB for two processes with a GPU each, and for frames of their real size."""
+def test_processes_that_label_are_those_that_the_machine_has_room_for(tmp_path, monkeypatch):
+    """8 cores and 13 GB, a GPU with 5 GB; alone, and as one of two on this machine."""
     processes = Processes(torch.device("cpu"))
-    sizes = {"usual": (160, 240), "large": (320, 480)}
-    data = {
-        name: CLEVRDataset(make_video(tmp_path / name / "video_0", size=size), labelled=False)
-        for name, size in sizes.items()
-    }
-    assert choose_decoders(data["large"], None, 22, processes) == 0, "on a CPU each thread decodes"
-    processes.device, processes.count, processes.local_count = torch.device("meta"), 2, 2
-    monkeypatch.setattr(batches, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 10**7))
-    assert choose_decoders(data["usual"], None, 22, processes) == 3  # of its 4 cores, one launches
-    assert choose_decoders(data["large"], None, 22, processes) == 0, "10 MB a batch, two ahead"
-    assert "enough for 0 workers, not 3" in capsys.readouterr().out
+    (video,) = find_videos(make_video(tmp_path / "video_0", frames=4, labelled=False))
+    clips = [Video(tmp_path / "clip.mp4", Path("clip"))] * 79
+    many = [video] * 2500
+    monkeypatch.setattr(pipeline, "usable_cpus", lambda: 8)
+    free = {"cpu": 13 * 2**30, "meta": 5 * 2**30, "mps": math.inf}
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: free[device.type])
+    assert choose_labellers(None, many[1:], processes) == 0, "9,996 frames"
+    assert choose_labellers(None, many, processes) == 6, "2 GB each"
+    assert choose_labellers(None, clips, processes) == 6
+    assert choose_labellers(None, clips[1:], processes) == 0, "9,984 frames"
+    assert [choose_labellers(n, many, processes) for n in (0, 1, 99)] == [0, 1, 99]
+    processes.device = torch.device("meta")
+    assert choose_labellers(None, many, processes) == 2, "2 GB of the GPU"
+    processes.device = torch.device("mps")
+    assert choose_labellers(None, many, processes) == 0
+    processes.device, processes.local_count = torch.device("cpu"), 2
+    assert choose_labellers(None, many, processes) == 3
+    free["cpu"] = math.inf
+    assert choose_labellers(None, many, processes) == 4, "cores"
+    processes.local_count = 8
+    assert choose_labellers(None, many, processes) == 0, "one core, which needs no other process"
+
+
+def test_free_memory_is_below_what_the_machine_has():
+    free = devices.free_memory(torch.device("cpu"))
+    assert 2**28 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

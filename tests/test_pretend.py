@@ -202,7 +202,7 @@ def test_a_run_of_the_script_leaves_checkpoints_that_any_machine_loads(tmp_path,
     for epochs, device in ((1, "pretend:0"), (2, "cpu"), (3, "pretend:0")):
         arguments = (*command, "--num-epochs", epochs)
         if device == "cpu":
-            status, printed, errors = call(train, *arguments)
+            status, printed, errors = call(train, *arguments, "--device", device)
         else:
             status, printed, errors = pretend.in_new_process(HEADER + SCRIPT, *arguments)
         assert status == 0, errors[-3000:]
