@@ -1,7 +1,7 @@
 """Masks drawn by the pixel: borders between objects, and no holes in them.
 
 Objects are told apart in cells of 2 x 2 pixels, and in larger frames every pixel gets the class of
-what is nearest: where two touch, the border is a stair. `sharpen` moves it to where two looks of
+what is nearest: where two touch, the border is a stair. `sharpen` moves it to where all looks of
 the network say that it is. `fill_holes` closes what an object encloses.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from classes import NUM_CLASSES
 from details import FIRST_LOOK, Details
+from model import NUM_ATTRIBUTES
 from tracks import log_probabilities, occupied, sums
 
 BORDER_REACH = 2  # pixels of the first look that a border moves, at most
@@ -24,7 +25,7 @@ def sharpen(
     """Draw the borders between objects in labels of one video by the pixel; return these labels.
 
     Of the two objects near a pixel it goes to the one whose mean in that frame is closer to what
-    both looks say of it.
+    all looks say of it.
 
     Args:
         labels: (T, H, W) uint8 ids, in the picture's own size, changed in place.
@@ -45,7 +46,7 @@ def sharpen(
     at, pair = at[inside], pair[:, source[inside]]
     near = pair[0] != pair[1]
 
-    # What both looks say there, interpolated between the cells that hold an object.
+    # What all looks say there, interpolated between the cells that hold an object.
     t, y, x = np.unravel_index(at, labels.shape)
     v, u = ((z + 0.5) * n / m for z, n, m in zip((y, x), shape[1:], labels.shape[1:], strict=True))
     known = np.zeros(shape, bool)
@@ -53,8 +54,10 @@ def sharpen(
     cells = occupied(objects).numpy()
     first = _interpolate(log_probabilities(evidence), cells, t, v / 2, u / 2)
     first *= 1 if labels.shape == coarse.shape else FIRST_LOOK
-    second = _interpolate(log_probabilities(details.evidence), known, t, v, u)
-    looks = np.concatenate([first, second], axis=1)
+    looks = [first]
+    for n, part in enumerate(details.evidence.split(NUM_ATTRIBUTES, dim=1)):
+        looks.append(_interpolate(log_probabilities(part), known, t, v - n / 2, u - n / 2))
+    looks = np.concatenate(looks, axis=1)
     flat[at[near]] = choose(looks, t, flat[at], near, pair[:, near])
     return labels
 

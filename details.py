@@ -2,8 +2,8 @@
 
 The network tells objects apart at the scale that it learned, in cells of 2 x 2 pixels. It looks
 again, but only at windows of the picture: in larger frames around objects, at twice that scale,
-for edges in the frame's own size; else around borders between two objects, a pixel aside, so that
-its cells lie between those of the first look.
+for edges in the frame's own size; and around borders between two objects a pixel aside, so that
+its cells lie between those of the other look at that scale.
 
 Windows are of few sizes, in the order of frames, and looked at in batches that are always full, so
 that what they tell does not depend on how many frames come together.
@@ -42,7 +42,9 @@ class Details(NamedTuple):
 
     outlines: Tensor | None  # packed, (N, H, W): objects in the picture's own size, if that differs
     where: Tensor  # (m,) int64, flat positions in (N, h, w), rising: around borders
-    evidence: Tensor  # (m, 13) half, logits of shape, material and colour there
+    # Logits of shape, material and colour there, half: (m, 13); of larger frames (m, 26), those of
+    # the finer look and then those of the one aside, whose cells lie half a position further on.
+    evidence: Tensor
 
 
 class Windows(NamedTuple):
@@ -104,7 +106,9 @@ def look_again(
     """
     cells = border_cells(objects, evidence) if with_borders else np.zeros((3, 0), np.int64)
     scale = FINER if view.finer else 1
-    groups = cover(object_cells(objects) if view.finer else cells, scale, view.size)
+    straight = cover(object_cells(objects), scale, view.size) if view.finer else []
+    aside = cover(cells, scale, view.size, aside=1)
+    groups = straight + aside
     if groups:
         picture = resize(picture, groups[0].picture)
     answers = [answer_windows(network, picture, windows) for windows in groups]
@@ -115,7 +119,8 @@ def look_again(
     outlines = None
     if objectness is not None:
         if view.finer:
-            outlines = edges(objectness, groups, [part.objectness for part in answers], view.own)
+            fine = [part.objectness for part in answers[: len(straight)]]
+            outlines = edges(objectness, straight, fine, view.own)
         else:
             outlines = F.interpolate(objectness.float(), view.own, mode="bilinear")[:, 0] > 0
         outlines = pack(outlines)
@@ -124,7 +129,15 @@ def look_again(
         attributes = [
             F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in attributes
         ]
-    where, logits = evidence_at(cells, groups, attributes, tuple(objects.shape))
+    shape, n = tuple(objects.shape), len(straight)
+    where, logits = evidence_at(cells, aside, attributes[n:], shape)
+    if view.finer:
+        place, shifted = where, logits
+        where, logits = evidence_at(cells, straight, attributes[:n], shape)
+        both = logits.repeat(1, 2)  # where only one look tells something, that is all there is
+        known = torch.isin(where, place)
+        both[known, NUM_ATTRIBUTES:] = shifted[torch.isin(place, where)]
+        logits = both
     return Details(outlines, where, logits)
 
 
@@ -213,7 +226,7 @@ def object_cells(objects: Tensor) -> np.ndarray:
     return np.stack(np.nonzero(dilated(occupied(objects)).numpy()))
 
 
-def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]:
+def cover(cells: np.ndarray, scale: int, size: tuple[int, int], aside: int = 0) -> list[Windows]:
     """Return windows whose inner parts hold all of the cells (3, m), by their size.
 
     Each has the topmost cells that are left, and of those as wide as it is the leftmost; it is then
@@ -221,11 +234,12 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
 
     Args:
         cells: As of `border_cells`.
-        scale: Of the look at the windows. At 1 they begin between the cells of the first look.
+        scale: Of the look at the windows.
         size: Height and width of the first look.
+        aside: Pixels that windows lie off the cells of a look at all of the picture.
     """
     cell, picture = CELL * scale, tuple(scale * side for side in size)
-    aside = int(scale == 1)  # pixels off the cells of the first look
+    inset = aside if scale == FINER else 0  # at the picture's edge those lie aside as well
     limits = [(side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]]  # cells each way
     frames, spans = [], []
     while cells.shape[1]:
@@ -259,8 +273,8 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int]) -> list[Windows]
         chosen, corner, sides = wanted == k, [], []
         for low, high, whole in ((top, bottom, picture[0]), (left, right, picture[1])):
             begin = ((low + high)[chosen] * cell - SIDES[scale][k]) // 2 // 2 * 2 + aside
-            sides.append(min(SIDES[scale][k], whole))
-            corner.append(np.clip(begin, 0, whole - sides[-1]))
+            sides.append(min(SIDES[scale][k], whole - 2 * inset))
+            corner.append(np.clip(begin, inset, whole - inset - sides[-1]))
         groups.append(Windows(frame[chosen], *corner, scale, picture, tuple(sides)))
     return groups
 
