@@ -61,9 +61,10 @@ def update_bn(batches: Iterable[Tensor], model: nn.Module, processes: Processes)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
     model.train()
-    for crops in batches:
+    for number, crops in enumerate(batches, 1):
+        for norm in norms:
+            norm.momentum = 1 / number  # the plain mean; for None it would ask the device
         with mixed_precision(processes.device):
             model.answers(crops)
     for norm in norms:

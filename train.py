@@ -384,7 +384,8 @@ def refresh_statistics(run: Run, loader: DataLoader) -> None:
     skip = max(0, len(loader) - max(BN_STEPS, len(loader) // 10))
     loader.batch_sampler.set_epoch(run.epoch + 1, skip)
     run.seed_step()
-    crops = (augment(images.to(device), masks.to(device))[0] for images, masks in loader)
+    on_device = ((part.to(device, non_blocking=True) for part in batch) for batch in loader)
+    crops = (augment(*batch)[0] for batch in on_device)
     update_bn(crops, run.ema, run.processes)
     run.processes.copy_first(run.ema)
 
