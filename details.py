@@ -236,10 +236,10 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int], aside: int = 0) 
         cells: As of `border_cells`.
         scale: Of the look at the windows.
         size: Height and width of the first look.
-        aside: Pixels that windows lie off the cells of a look at all of the picture.
+        aside: Pixels that windows lie off the cells of a look at all of the picture, unless they
+            are at its edge.
     """
     cell, picture = CELL * scale, tuple(scale * side for side in size)
-    inset = aside if scale == FINER else 0  # at the picture's edge those lie aside as well
     limits = [(side - 2 * (MARGIN + aside)) // cell for side in SIDES[scale]]  # cells each way
     frames, spans = [], []
     while cells.shape[1]:
@@ -273,8 +273,8 @@ def cover(cells: np.ndarray, scale: int, size: tuple[int, int], aside: int = 0) 
         chosen, corner, sides = wanted == k, [], []
         for low, high, whole in ((top, bottom, picture[0]), (left, right, picture[1])):
             begin = ((low + high)[chosen] * cell - SIDES[scale][k]) // 2 // 2 * 2 + aside
-            sides.append(min(SIDES[scale][k], whole - 2 * inset))
-            corner.append(np.clip(begin, inset, whole - inset - sides[-1]))
+            sides.append(min(SIDES[scale][k], whole))
+            corner.append(np.clip(begin, 0, whole - sides[-1]))
         groups.append(Windows(frame[chosen], *corner, scale, picture, tuple(sides)))
     return groups
 
