@@ -105,27 +105,60 @@ def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
         model.answers = torch.compile(model.answers)
 
 
-def free_memory(device: torch.device) -> float:
-    """Return how many bytes of a device's memory are free; infinity where nobody says so.
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes of a device's memory are free; 0 where nobody says so.
 
     Of a CPU they are those of the machine, or of the container if it may have fewer.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [math.inf]
-    with contextlib.suppress(OSError, TypeError):  # not on Linux
+    if device.type != "cpu":
+        return 0
+    free = 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, TypeError):  # Linux
         text = Path("/proc/meminfo").read_text()
-        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found)
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+    limits = [*container_limits("memory.max"), *container_limits("memory.limit_in_bytes")]
+    return min([free, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
 def usable_cpus() -> int:
     """Return how many processors this process may use."""
+    cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cpus = len(os.sched_getaffinity(0))
+    for limit in container_limits("cpu.max"):
+        quota, _, period = limit.partition(" ")
+        if quota.isdecimal():  # microseconds of each period; else "max"
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return cpus
+
+
+def container_limits(name: str) -> list[str]:
+    """Return what a file of the control groups that this process is in says, from the inmost out.
+
+    Empty where there are none, as outside Linux (cgroups(7)).
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        root = Path("/sys/fs/cgroup")
+        if kinds:  # of version 1, a tree for each kind of resource
+            if name.partition(".")[0] not in kinds.split(","):
+                continue
+            root /= name.partition(".")[0]
+        inmost = root / path.lstrip("/")
+        for folder in (inmost, *inmost.parents):
+            with contextlib.suppress(OSError):
+                found.append((folder / name).read_text().strip())
+            if folder == root:
+                break
+    return found
 
 
 def worker_threads(device: torch.device, threads: int) -> tuple[int, int]:

@@ -59,6 +59,8 @@ def main() -> int:
     scale = Scale(learned_size(checkpoint, args.ckpt), args.scale)
     tracking = not args.no_consistency
     labeller = Labeller(model, processes.device, args.batch_size, tracking, scale)
+    if args.compile:
+        labeller.compile()
 
     options = {"consistency": tracking, "scale": args.scale, "every": args.every}
     origin = provenance(checkpoint["digest"], **options)
@@ -70,10 +72,12 @@ def main() -> int:
         videos = plan(roots, outputs, args.every, args.shard)
     videos = processes.share_out(videos)
 
+    workers = 0 if args.compile else choose_labellers(args.workers, videos, processes)
+    if workers:
+        processes.say(f"{workers} processes label")
     start = time.perf_counter()
     try:
-        workers = choose_labellers(args.workers, videos, processes)
-        done, frames, skipped = label(labeller, videos, outputs, workers, args.compile, processes)
+        done, frames, skipped = label(labeller, videos, outputs, workers, processes)
     except KeyboardInterrupt:
         words = f"\ninterrupted, what is done is kept; go on with: python {resuming()}"
         raise Stopped(words if processes.first else "", signal.SIGINT) from None
@@ -146,7 +150,6 @@ def label(
     videos: list[Video],
     outputs: Outputs,
     workers: int,
-    compiled: bool,
     processes: Processes,
 ) -> tuple[int, int, int]:
     """Label this process's share of the videos; name each that is skipped on stderr.
@@ -157,7 +160,7 @@ def label(
     totals, messages = torch.zeros(3, dtype=torch.int64), []
     if videos:
         dataset = CLEVRDataset(videos, labelled=False)
-        pieces = label_videos(labeller, dataset, outputs, workers, compiled)
+        pieces = label_videos(labeller, dataset, outputs, workers)
         bar = tqdm(total=len(videos), unit="video", disable=None)  # none in a log file
         with bar, contextlib.closing(pieces):
             for done in pieces:
@@ -238,16 +241,18 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=at_least(0),
-        help="processes that label videos of their own; 0: threads of this one do (default: 0, "
-        "from 10,000 frames on one for each core)",
+        help="processes that label videos of their own; 0: threads of this one do (default: from "
+        "10,000 frames on one for each core, as far as there is memory, up to 32; else 0)",
     )
     add(
         "--compile",
         action="store_true",
         help="torch.compile: a minute more to start, then faster, for frames of the size "
-        "that was learned",
+        "that was learned; in threads",
     )
     args = parser.parse_args()
+    if args.compile and args.workers:
+        parser.error("--compile is for threads: leave out --workers, or --compile")
     if args.no_masks and not (args.objects or args.proposals):
         parser.error("--no-masks leaves nothing to write: give --objects or --proposals")
     if args.no_consistency and (args.objects or args.proposals):

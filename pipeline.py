@@ -1,10 +1,11 @@
 """Thousands of videos, from their files to the files of their masks: the engine of infer.py.
 
 `label_videos` reads short videos a batch at a time and long ones frame by frame, lets a Labeller
-label them, and writes what is found: in threads of this process, or, since Python lets only one
-thread of a process run at a time, of many videos in processes that label videos of their own.
+label them, and writes what is found. Threads of this process do so. Python lets only one thread of
+a process run at a time, so that many videos are labelled by several processes.
 """
 
+import contextlib
 import copy
 import pickle
 import signal
@@ -45,8 +46,8 @@ MANY_FRAMES = 10_000  # of fewer, processes take as long to start as they save
 CLIP_FRAMES = 128  # of a video file, as CLEVRER's: to count them would be to open them all
 OWN_MEMORY = 2 * 2**30  # bytes of the machine's memory and of a GPU's that each process may need
 KILLED = (
-    "a process that labels was killed, perhaps for lack of memory: give fewer --workers or a "
-    "smaller --batch-size; what is done is kept, and the same command with --resume goes on"
+    "a process that labels was killed, perhaps for lack of memory: what is done is kept; go on "
+    "with infer.py --resume, fewer --workers or a smaller --batch-size"
 )
 
 
@@ -68,11 +69,7 @@ class Done(NamedTuple):
 
 
 def label_videos(
-    labeller: Labeller,
-    dataset: CLEVRDataset,
-    outputs: Outputs,
-    workers: int = 0,
-    compiled: bool = False,
+    labeller: Labeller, dataset: CLEVRDataset, outputs: Outputs, workers: int = 0
 ) -> Iterator[Done]:
     """Label all videos of a data set and write what is found, a few videos at a time.
 
@@ -80,15 +77,16 @@ def label_videos(
         labeller: How.
         dataset: The videos; their labels, if they have any, are not looked at.
         outputs: Where their files go.
-        workers: Processes that label, as of `choose_labellers`; with 0 this one does, in threads.
-        compiled: Whether the network is compiled first.
+        workers: Processes that label, as of `choose_labellers`; with 0 threads of this one do. They
+            import the script that calls this, which must do so below `if __name__ == "__main__"`,
+            and label with the network as it was before it was compiled.
 
     Yields:
-        What was done, as it is. A video that cannot be read is left out and named there. Until the
-        generator is closed the process has fewer threads for each operation.
+        What was done, as it is. A video that cannot be read is left out and named there. While
+        threads label, the process has fewer of them for each operation.
 
     Raises:
-        UserError: a process was killed. What else failed in one is raised as it is.
+        UserError: a process has ended. What else failed in one is raised as it is.
     """
     # Short videos fill a batch together; a long one, or a clip, comes alone and in batches.
     work, numbers = Work(labeller, dataset, outputs), range(len(dataset.videos))
@@ -97,10 +95,8 @@ def label_videos(
     groups = fill_batches([len(dataset.videos[v].names) for v in short], labeller.batch_size)
     batches = [[short[i] for i in group] for group in groups]
     if workers:
-        yield from in_processes(work, [*batches, *([v] for v in long)], workers, compiled)
+        yield from in_processes(work, [*([v] for v in long), *batches], workers)
         return
-    if compiled:
-        labeller.compile()
     with shared_threads(labeller.device) as threads:
         yield from in_threads(work.label_short, batches, threads)
         with ThreadPoolExecutor(threads) as pool:
@@ -109,68 +105,99 @@ def label_videos(
             yield from in_threads(label, long, threads, stop)
 
 
-def in_processes(
-    work: "Work", groups: list[list[int]], workers: int, compiled: bool
-) -> Iterator[Done]:
-    """Label groups of videos in processes, each every so many-th of them; as `label_videos`.
+def in_processes(work: "Work", groups: list[list[int]], workers: int) -> Iterator[Done]:
+    """Label groups of videos in processes, each of which gets a next one when it has done one.
 
-    There is nothing between the processes but a pipe for what they have done: they can be ended at
-    any moment, since a mask is whole or not there.
+    There is nothing between the processes but a pipe: they can be ended at any moment, since a mask
+    is whole or not there. Arguments and errors as of `label_videos`.
     """
     twin = copy.copy(work.labeller)
     twin.model = copy.deepcopy(twin.model).cpu()  # from where any process can take it
+    twin.model.__dict__.pop("answers", None)  # compiled, as none can take it
     packed = pickle.dumps(work._replace(labeller=twin))
-    share = max(1, torch.get_num_threads() // workers)
-    running: dict[Connection, BaseProcess] = {}
+    workers = min(workers, len(groups))
+    threads = max(1, torch.get_num_threads() // workers)
+    todo = iter(groups)
+    processes: dict[Connection, BaseProcess] = {}
     try:
         with without_ctrl_c():  # which they never get: this process ends them
-            for _ in range(min(workers, len(groups))):
-                process, pipe = start_process(label_share, share, compiled, daemon=True)
-                running[pipe] = process
-        for n, pipe in enumerate(running):
-            pipe.send_bytes(packed)
-            pipe.send(groups[n::workers])
-        while running:
-            for pipe in wait(list(running)):
-                told = pipe.recv()
-                if told is None:
-                    running.pop(pipe).join()
-                elif isinstance(told, Exception):
+            for _ in range(workers):
+                process, pipe = start_process(label_groups, threads, daemon=True)
+                processes[pipe] = process
+        for pipe, process in processes.items():
+            with told_if_ended(process):
+                pipe.send_bytes(packed)
+                pipe.send(next(todo))
+        at_work = set(processes)
+        while at_work:
+            for pipe in wait(list(at_work)):
+                group = next(todo, None)
+                with told_if_ended(processes[pipe]):
+                    told = pipe.recv()
+                    pipe.send(group)
+                if group is None:
+                    at_work.remove(pipe)
+                if isinstance(told, Exception):
                     raise told
-                else:
-                    yield told
-    except (EOFError, ConnectionError):  # there is nobody at its other end
-        raise UserError(KILLED) from None
+                yield told
     finally:
-        end_processes(list(running.values()))
+        end_processes(list(processes.values()))
 
 
-def label_share(threads: int, compiled: bool, pipe: Connection) -> None:
-    """Label groups of videos in a process of its own.
+@contextlib.contextmanager
+def told_if_ended(process: BaseProcess) -> Iterator[None]:
+    """Raise UserError if the block finds nobody at the other end of its pipe."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        process.join()
+        if process.exitcode < 0:
+            raise UserError(KILLED) from None
+        raise UserError(
+            f"a process that labels has ended with status {process.exitcode}, see above; what is "
+            "done is kept"
+        ) from None
+
+
+def label_groups(threads: int, pipe: Connection) -> None:
+    """Label groups of videos in a process of its own, whose operations have so many threads.
 
     Args:
-        threads: It computes with so many.
-        compiled: Whether the network is compiled first.
-        pipe: Gives a pickled Work and the groups of numbers; takes what was done, as it is, and at
-            the end None, or what has failed.
+        threads: How many.
+        pipe: Gives a pickled Work, then numbers of videos, None after the last; takes what was done
+            with each group, or what has failed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
     keep_freed_memory()
     torch.set_num_threads(threads)
+    packed = pipe.recv_bytes()
+    work: Work | None = None
+    while group := pipe.recv():
+        try:
+            work = work or take_over(packed)
+            done = work.label_short(group) if work.is_short(group[0]) else work.label_long(*group)
+        except Exception as error:
+            done = portable(error)
+        pipe.send(done)
+
+
+def take_over(packed: bytes) -> "Work":
+    """Return the pickled work of another process, on the device of its labeller."""
+    work: Work = pickle.loads(packed)
+    work.labeller.model.to(choose_device(str(work.labeller.device)))
+    return work
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error that another process can raise, with the traceback of this one."""
+    text = traceback.format_exc()
+    error.add_note(text)
     try:
-        work: Work = pickle.loads(pipe.recv_bytes())
-        labeller = work.labeller
-        labeller.model.to(choose_device(str(labeller.device)))
-        if compiled:
-            labeller.compile()
-        for group in pipe.recv():
-            is_short = work.is_short(group[0])
-            pipe.send(work.label_short(group) if is_short else work.label_long(*group))
-        pipe.send(None)
-    except Exception as error:
-        error.add_note(traceback.format_exc())  # for what is a bug
-        pipe.send(error)
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(text)
+    return error
 
 
 class Work(NamedTuple):
@@ -276,17 +303,22 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
 def choose_labellers(requested: int | None, videos: Sequence[Video], processes: Processes) -> int:
     """Return how many processes label for this one; 0: its own threads do.
 
+    Of MANY_FRAMES that is one for each core, if there is memory for it on the machine and on the
+    GPU, and four videos for each. Threads label fewer frames, on Apple's GPUs, and where nothing
+    says how much memory there is.
+
     Args:
-        requested: How many the user wants; None: what pays, one for each core.
-        videos: What they label.
+        requested: How many the user wants; None: as above.
+        videos: What they label. A clip counts as one of CLEVRER's.
         processes: Those of the run, who share this machine.
     """
     if requested is not None:
         return requested
     frames = sum(len(video.names) or CLIP_FRAMES for video in videos)
-    if frames < MANY_FRAMES or processes.device.type == "mps":  # Apple's bears one process
+    if frames < MANY_FRAMES:
         return 0
     shared = usable_cpus(), free_memory(torch.device("cpu")) / OWN_MEMORY
     each = (resource / processes.local_count for resource in shared)
-    count = int(min(MAX_WORKERS, *each, free_memory(processes.device) / OWN_MEMORY))
+    room = free_memory(processes.device) / OWN_MEMORY
+    count = int(min(MAX_WORKERS, len(videos) / 4, room, *each))
     return count if count > 1 else 0

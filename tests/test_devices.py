@@ -15,6 +15,37 @@ def test_processors_are_those_that_may_be_used(monkeypatch):
     assert devices.usable_cpus() == os.cpu_count()
 
 
+def test_the_limits_of_a_container_are_heeded(tmp_path, monkeypatch):
+    """Of both versions of control groups, and of what a group lies in."""
+    monkeypatch.setattr(devices, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert devices.container_limits("cpu.max") == []
+    files = {
+        "proc/self/cgroup": "5:cpuset:/\n4:memory,pids:/a/b\n0::/c\n",
+        "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    1 kB\n",
+        "sys/fs/cgroup/c/memory.max": "max\n",
+        "sys/fs/cgroup/memory.max": "700\n",
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "500\n",
+        "sys/fs/cgroup/c/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/cpu.max": "max 100000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices.container_limits("memory.max") == ["max", "700"]
+    assert devices.container_limits("memory.limit_in_bytes") == ["500"]
+    cpu = torch.device("cpu")
+    assert devices.free_memory(cpu) == 500
+    (tmp_path / "sys/fs/cgroup/memory/a/memory.limit_in_bytes").write_text("9223372036854771712")
+    assert devices.free_memory(cpu) == 700
+    (tmp_path / "sys/fs/cgroup/memory.max").unlink()
+    assert devices.free_memory(cpu) == 1024
+    assert devices.free_memory(torch.device("mps")) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert devices.usable_cpus() == 2
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("50000 100000")
+    assert devices.usable_cpus() == 1
+
+
 @pytest.mark.parametrize(
     ("device", "threads", "workers"),
     [

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 import infer
 import outputs
+import pipeline
 from borders import fill_holes
 from checkpoints import load_checkpoint, save_checkpoint
 from classes import CLASS_NAMES
@@ -559,12 +560,18 @@ def test_the_script_runs_on_a_pretended_gpu(run, tmp_path, data, ckpt):
         assert all((gpu[name] == cpu[name]).mean() > 0.99 for name in cpu)
 
 
-def test_processes_that_label_change_nothing(call, run, tmp_path, data, ckpt):
-    """Of a faulty video, of short ones, and of one longer than a batch; then nothing is left."""
+def test_processes_that_label_change_nothing(call, run, monkeypatch, tmp_path, data, ckpt):
+    """Of a faulty video, of short ones, and of some longer than a batch; they are the default."""
     (data / "a/video_10/image_3.png").write_bytes(b"no picture")
+    for k in range(5):
+        write_video(data / f"c/video_{k}", 1, seed=k)
+    monkeypatch.setattr(pipeline, "MANY_FRAMES", 22 + 11 + 3 + 5)
+    monkeypatch.setattr(pipeline, "usable_cpus", lambda: 2)
     arguments = ("--ckpt", ckpt, "--device", "cpu", "--batch-size", 12, "--objects", "--out")
-    status, said, err = call(infer, *arguments, tmp_path / "many", "--workers", 2)
+    status, said, err = call(infer, *arguments, tmp_path / "many")
     assert status == 1
+    assert "2 processes label" in said
+    assert "7 videos, 30 frames in " in said
     assert "video_10/image_3.png" in err
     assert run(*arguments[:2], *arguments[4:], tmp_path / "alone")[0] == 1
     many, alone = (
@@ -572,9 +579,7 @@ def test_processes_that_label_change_nothing(call, run, tmp_path, data, ckpt):
         for out in (tmp_path / "many", tmp_path / "alone")
     )
     assert many == alone
-    assert len(many) == 2 * 3
-    again = call(infer, *arguments, tmp_path / "many", "--workers", 2, "--resume")
-    assert "0 videos, 0 frames" in again[1]
+    assert len(many) == 7 * 3
 
 
 DEADLY = """
@@ -591,6 +596,11 @@ def ends(work, numbers):
         raise OSError(28, "No space left on device", "disk")
     if os.environ["END"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["END"] == "bug":
+        class Local(Exception): pass  # which no other process knows
+        raise Local("a bug")
+    if os.environ["END"] == "exit":
+        os._exit(3)
     os.killpg(0, signal.SIGINT)  # as a terminal sends it
     signal.pause()
 
@@ -603,7 +613,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
-        ("kill", 2, "error: a process that labels was killed, perhaps for lack of memory: give"),
+        ("kill", 2, "error: a process that labels was killed, perhaps for lack of memory: what"),
+        ("exit", 2, "error: a process that labels has ended with status 3, see above"),
+        ("bug", 1, "Local: a bug"),
         ("error", 2, "error: disk: No space left on device: make room"),
         ("ctrl-c", 130, "interrupted, what is done is kept; go on with: python"),
     ],
@@ -617,7 +629,7 @@ def test_what_ends_a_process_that_labels_is_one_line(end, status, said, run, tmp
     done = run_alone(script, *arguments, "--device", "cpu", "--workers", 1, **options)
     assert done.returncode == status, done.stderr[-3000:]
     assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == (end == "bug")
     assert len(masks_below(tmp_path / "out")) == 1
     assert run(*arguments, "--resume")[0] == 0
     assert len(masks_below(tmp_path / "out")) == 3

@@ -1,7 +1,6 @@
 """The engine of infer.py: which videos come together, what a device is asked for, who labels."""
 
 import json
-import math
 import os
 from itertools import chain
 from pathlib import Path
@@ -129,20 +128,23 @@ def test_processes_that_label_are_those_that_the_machine_has_room_for(tmp_path, 
     clips = [Video(tmp_path / "clip.mp4", Path("clip"))] * 79
     many = [video] * 2500
     monkeypatch.setattr(pipeline, "usable_cpus", lambda: 8)
-    free = {"cpu": 13 * 2**30, "meta": 5 * 2**30, "mps": math.inf}
+    free = {"cpu": 13 * 2**30, "meta": 5 * 2**30, "mps": 0}
     monkeypatch.setattr(pipeline, "free_memory", lambda device: free[device.type])
     assert choose_labellers(None, many[1:], processes) == 0, "9,996 frames"
     assert choose_labellers(None, many, processes) == 6, "2 GB each"
     assert choose_labellers(None, clips, processes) == 6
     assert choose_labellers(None, clips[1:], processes) == 0, "9,984 frames"
     assert [choose_labellers(n, many, processes) for n in (0, 1, 99)] == [0, 1, 99]
+    (long,) = find_videos(make_video(tmp_path / "video_1", frames=1250, size=(2, 2)))
+    assert choose_labellers(None, [long] * 8, processes) == 2, "four videos for each"
+    assert choose_labellers(None, [long] * 8 + [video] * 4, processes) == 3
     processes.device = torch.device("meta")
     assert choose_labellers(None, many, processes) == 2, "2 GB of the GPU"
     processes.device = torch.device("mps")
     assert choose_labellers(None, many, processes) == 0
     processes.device, processes.local_count = torch.device("cpu"), 2
     assert choose_labellers(None, many, processes) == 3
-    free["cpu"] = math.inf
+    free["cpu"] = 2**50
     assert choose_labellers(None, many, processes) == 4, "cores"
     processes.local_count = 8
     assert choose_labellers(None, many, processes) == 0, "one core, which needs no other process"
