@@ -43,7 +43,7 @@ class Details(NamedTuple):
     outlines: Tensor | None  # packed, (N, H, W): objects in the picture's own size, if that differs
     where: Tensor  # (m,) int64, flat positions in (N, h, w), rising: around borders
     # Logits of shape, material and colour there, half: (m, 13); of larger frames (m, 26), those of
-    # the finer look and then those of the one aside, whose cells lie half a position further on.
+    # the finer look, then those of the one aside, taken as if all lay half a position further on.
     evidence: Tensor
 
 
@@ -134,7 +134,7 @@ def look_again(
     if view.finer:
         place, shifted = where, logits
         where, logits = evidence_at(cells, straight, attributes[:n], shape)
-        both = logits.repeat(1, 2)  # where only one look tells something, that is all there is
+        both = logits.repeat(1, 2)  # where the one aside tells nothing
         known = torch.isin(where, place)
         both[known, NUM_ATTRIBUTES:] = shifted[torch.isin(place, where)]
         logits = both

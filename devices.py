@@ -106,9 +106,9 @@ def compile_network(model: torch.nn.Module, frames: torch.Tensor) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes of a device's memory are free; 0 where nobody says so.
+    """Return how many bytes of a device's memory are free, at most; 0 where nobody says so.
 
-    Of a CPU they are those of the machine, or of the container if it may have fewer.
+    Of a CPU they are those of the machine, or all that the container may have if those are fewer.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -129,11 +129,17 @@ def usable_cpus() -> int:
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cpus = len(os.sched_getaffinity(0))
-    for limit in container_limits("cpu.max"):
-        quota, _, period = limit.partition(" ")
-        if quota.isdecimal():  # microseconds of each period; else "max"
+    limits = [limit.split() for limit in container_limits("cpu.max")]
+    former = (container_limits(f"cpu.cfs_{what}_us") for what in ("quota", "period"))
+    for quota, period in (*limits, *zip(*former, strict=True)):
+        if quota.isdecimal():  # microseconds of each period; else "max" or -1
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
     return cpus
+
+
+def usable_threads() -> int:
+    """Return how many threads of operations torch would take, but no more than processors."""
+    return min(torch.get_num_threads(), usable_cpus())
 
 
 def container_limits(name: str) -> list[str]:
@@ -177,7 +183,7 @@ def worker_threads(device: torch.device, threads: int) -> tuple[int, int]:
 def shared_threads(device: torch.device) -> Iterator[int]:
     """Share out this process's threads among its worker threads; yields how many they are."""
     threads = torch.get_num_threads()
-    workers, share = worker_threads(device, threads)
+    workers, share = worker_threads(device, usable_threads())
     torch.set_num_threads(share)  # of this thread and of those to come
     try:
         yield workers

@@ -73,8 +73,8 @@ def main() -> int:
     videos = processes.share_out(videos)
 
     workers = 0 if args.compile else choose_labellers(args.workers, videos, processes)
-    if workers:
-        processes.say(f"{workers} processes label")
+    if workers and videos:
+        processes.say(f"{min(workers, len(videos))} processes label")
     start = time.perf_counter()
     try:
         done, frames, skipped = label(labeller, videos, outputs, workers, processes)
@@ -241,8 +241,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers",
         type=at_least(0),
-        help="processes that label videos of their own; 0: threads of this one do (default: from "
-        "10,000 frames on one for each core, as far as there is memory, up to 32; else 0)",
+        help="processes that label videos of their own; 0: threads of this one do (default: 0; "
+        "from 10,000 frames on one for each core, up to 32, with 2 GB and 4 videos each)",
     )
     add(
         "--compile",

@@ -33,6 +33,7 @@ from devices import (
     shared_threads,
     start_process,
     usable_cpus,
+    usable_threads,
     without_ctrl_c,
 )
 from labelling import Labeller
@@ -116,7 +117,7 @@ def in_processes(work: "Work", groups: list[list[int]], workers: int) -> Iterato
     twin.model.__dict__.pop("answers", None)  # compiled, as none can take it
     packed = pickle.dumps(work._replace(labeller=twin))
     workers = min(workers, len(groups))
-    threads = max(1, torch.get_num_threads() // workers)
+    threads = max(1, usable_threads() // workers)
     todo = iter(groups)
     processes: dict[Connection, BaseProcess] = {}
     try:
@@ -151,11 +152,11 @@ def told_if_ended(process: BaseProcess) -> Iterator[None]:
         yield
     except (EOFError, ConnectionError):
         process.join()
-        if process.exitcode < 0:
+        if process.exitcode == -signal.SIGKILL:
             raise UserError(KILLED) from None
         raise UserError(
-            f"a process that labels has ended with status {process.exitcode}, see above; what is "
-            "done is kept"
+            f"a process that labels has ended with status {process.exitcode}, see above: what is "
+            "done is kept; go on with infer.py --resume"
         ) from None
 
 
@@ -185,7 +186,11 @@ def label_groups(threads: int, pipe: Connection) -> None:
 def take_over(packed: bytes) -> "Work":
     """Return the pickled work of another process, on the device of its labeller."""
     work: Work = pickle.loads(packed)
-    work.labeller.model.to(choose_device(str(work.labeller.device)))
+    try:
+        device = choose_device(str(work.labeller.device))
+    except UserError as error:
+        raise UserError(f"{error}, or --workers 0 if it admits one process only") from None
+    work.labeller.model.to(device)
     return work
 
 
@@ -303,9 +308,9 @@ def fill_batches(lengths: Iterable[int], batch_size: int) -> Iterator[list[int]]
 def choose_labellers(requested: int | None, videos: Sequence[Video], processes: Processes) -> int:
     """Return how many processes label for this one; 0: its own threads do.
 
-    Of MANY_FRAMES that is one for each core, if there is memory for it on the machine and on the
-    GPU, and four videos for each. Threads label fewer frames, on Apple's GPUs, and where nothing
-    says how much memory there is.
+    From MANY_FRAMES on that is one for each core, MAX_WORKERS at most, if there is memory for each
+    on the machine and on the GPU, and four videos. Threads label fewer frames; they do so on
+    Apple's GPUs, too, and where nothing says how much memory there is.
 
     Args:
         requested: How many the user wants; None: as above.

@@ -33,7 +33,7 @@ from labelling import BATCH_SIZE, Labeller
 from model import UNet
 from optim import MuonAdamW, update_ema
 from outputs import Outputs, provenance
-from pipeline import choose_labellers, label_videos
+from pipeline import label_videos
 from runs import Keeper, Run
 from scale import AS_THEY_ARE
 from videos import Video, read_video
@@ -190,7 +190,10 @@ def rates(times: Times, frames: dict[str, int]) -> list[dict[str, Any]]:
 def measure_infer(
     model: UNet, videos: list[Video], repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return the rates of infer.py, of its network on frames in memory, and of its decoding."""
+    """Return the rates of infer.py, of its network on frames in memory, and of its decoding.
+
+    All in threads of this process, as infer.py labels fewer than `pipeline.MANY_FRAMES`.
+    """
     labeller, cpu = Labeller(model, device, scale=AS_THEY_ARE), torch.device("cpu")
 
     @torch.inference_mode()
@@ -209,9 +212,8 @@ def measure_infer(
         dataset = linked_videos(videos, Path(folder, "data"), number)
         in_memory = [*islice(cycle(frames), number)]
         outputs = Outputs(Path(folder, "masks"), provenance(None))
-        workers = choose_labellers(None, dataset.videos, devices.Processes(device))
         calls = {
-            "infer.py": lambda: deque(label_videos(labeller, dataset, outputs, workers), maxlen=0),
+            "infer.py": lambda: deque(label_videos(labeller, dataset, outputs), maxlen=0),
             "its network alone": lambda: in_worker_threads(look, in_memory, device),
             "decoding alone": lambda: in_worker_threads(read_video, dataset.videos, cpu),
         }

@@ -14,6 +14,7 @@ from bench import check
 from checkpoints import SHIPPED
 from optim import MuonAdamW
 from render import render_video
+from utils import Stopped
 from videos import find_videos, read_labels, read_video
 
 CPU = torch.device("cpu")
@@ -158,3 +159,14 @@ def test_processes_that_fail_or_hang_are_told_of(monkeypatch):
     monkeypatch.setattr(check, "PATIENCE", 0.5)
     with pytest.raises(RuntimeError, match="no end after 0.5 seconds"):
         check.run_alone([sys.executable, "-c", "import time; time.sleep(60)"])
+
+
+@pytest.mark.usefixtures("short")
+def test_a_check_that_is_stopped_is_no_fault(monkeypatch, call):
+    def stop(case: check.Case) -> check.Finding:
+        raise Stopped("stopped, go on with: python benchmark.py --check --resume", 15)
+
+    monkeypatch.setattr(check, "CHECKS", {"first": stop})
+    status, printed, errors = call(benchmark, "--check", "--device", "cpu")
+    assert (status, errors) == (143, "stopped\n")
+    assert "NOT WELL" not in printed

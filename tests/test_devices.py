@@ -9,6 +9,7 @@ import devices
 
 
 def test_processors_are_those_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(devices, "container_limits", lambda name: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
     assert devices.usable_cpus() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
@@ -42,8 +43,18 @@ def test_the_limits_of_a_container_are_heeded(tmp_path, monkeypatch):
     assert devices.free_memory(torch.device("mps")) == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     assert devices.usable_cpus() == 2
-    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("50000 100000")
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/a\n")
+    (tmp_path / "sys/fs/cgroup/cpu").mkdir()
+    for name, text in (("quota", "50000"), ("period", "100000")):
+        (tmp_path / f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us").write_text(f"{text}\n")
     assert devices.usable_cpus() == 1
+    torch.set_num_threads(2)
+    try:
+        assert devices.usable_threads() == 1
+        (tmp_path / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text("-1")
+        assert (devices.usable_cpus(), devices.usable_threads()) == (3, 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(

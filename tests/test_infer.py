@@ -567,6 +567,7 @@ def test_processes_that_label_change_nothing(call, run, monkeypatch, tmp_path, d
         write_video(data / f"c/video_{k}", 1, seed=k)
     monkeypatch.setattr(pipeline, "MANY_FRAMES", 22 + 11 + 3 + 5)
     monkeypatch.setattr(pipeline, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 2**40)
     arguments = ("--ckpt", ckpt, "--device", "cpu", "--batch-size", 12, "--objects", "--out")
     status, said, err = call(infer, *arguments, tmp_path / "many")
     assert status == 1
