@@ -140,11 +140,12 @@ def test_labels_of_real_videos_do_not_depend_on_the_batch(tmp_path, precision):
 
 
 FP32 = f"""
-import runpy, sys, torch
+import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
+torch.cpu._is_avx512_bf16_supported = lambda: False  # in all processes
+import infer
 if __name__ == "__main__":
-    torch.cpu._is_avx512_bf16_supported = lambda: False
-    runpy.run_path({str(ROOT / "infer.py")!r}, run_name="__main__")
+    infer.run_script(infer.main)
 """
 
 

@@ -47,6 +47,11 @@ def tasks(shared: Path, epochs: int = 4, videos: int = 2) -> dict[str, Task]:
         "infer": Task(
             "infer", lambda f: (*infer, "--device", "cpu", "--out", f / "out"), ("--resume",)
         ),
+        "label": Task(
+            "infer",
+            lambda f: (*infer, "--device", "cpu", "--workers", 2, "--out", f / "out"),
+            ("--resume",),
+        ),
         "render": Task("render", lambda f: (*rendering, "--out", f / "out")),
         "preview": Task(
             "preview",

@@ -27,6 +27,7 @@ KINDS = {  # of kills: the command, processes, and how many trials
     "train-2": ("train", 2, 6),
     "infer": ("infer", 1, 12),
     "infer-2": ("infer", 2, 4),
+    "infer-workers": ("label", 1, 8),
     "render": ("render", 1, 12),
     "preview": ("preview", 1, 12),
 }
