@@ -8,7 +8,7 @@
 networks   parameters, multiply-adds; inference (bytes to labels) and training (forward, loss,
            backward, optimiser) of whole frames, in the memory format that is faster for each
 scripts    infer.py and train.py end to end, over their network alone and their reading alone
-memory     peak of each network in a process of its own; of infer.py on 20 and on 2,000 videos
+memory     peak of each network in its own process; of infer.py in threads, on 20 and 2,000 videos
 --minutes  trains each network that long with train.py's recipe; its validation mIoU, frame by frame
            and through objects.py, and after how many minutes it saw 0.9 of the objects
 

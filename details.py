@@ -129,16 +129,10 @@ def look_again(
         attributes = [
             F.interpolate(part.float(), scale_factor=CELL, mode="bilinear") for part in attributes
         ]
-    shape, n = tuple(objects.shape), len(straight)
-    where, logits = evidence_at(cells, aside, attributes[n:], shape)
-    if view.finer:
-        place, shifted = where, logits
-        where, logits = evidence_at(cells, straight, attributes[:n], shape)
-        both = logits.repeat(1, 2)  # where the one aside tells nothing
-        known = torch.isin(where, place)
-        both[known, NUM_ATTRIBUTES:] = shifted[torch.isin(place, where)]
-        logits = both
-    return Details(outlines, where, logits)
+    n = len(straight)
+    looks = [(straight, attributes[:n])] if view.finer else []
+    looks.append((aside, attributes[n:]))
+    return Details(outlines, *evidence_at(cells, looks, tuple(objects.shape)))
 
 
 def answer_windows(
@@ -319,21 +313,25 @@ def edges(
 
 
 def evidence_at(
-    cells: np.ndarray, groups: list[Windows], attributes: list[Tensor], shape: tuple[int, ...]
+    cells: np.ndarray, looks: list[tuple[list[Windows], list[Tensor]]], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return what windows tell around cells: flat positions in `shape` (N, h, w), and logits.
 
+    Positions (m,) are those of which the first look tells something; it stands in for others, where
+    they tell nothing.
+
     Args:
         cells: As of `border_cells`.
-        groups: Windows, which cover the cells.
-        attributes: Of each group, (n, 13, s, s), by pixels of the first look.
+        looks: Of each its windows, which cover the cells, and their attributes, (n, 13, s, s) by
+            pixels of the first look at the picture. Logits are (m, 13) for each, side by side.
         shape: N, h and w.
     """
     # The pixels around them, in the frames that have some.
     _, height, width = shape
     frame, row, column = cells
     if not len(frame):
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, NUM_ATTRIBUTES).half()
+        nothing = torch.zeros(0, len(looks) * NUM_ATTRIBUTES, dtype=torch.float16)
+        return torch.zeros(0, dtype=torch.int64), nothing
     chosen, of = np.unique(frame, return_inverse=True)
     reach = np.arange(-(BAND // 2), BAND // 2 + 1)
     down = (row[:, None] + reach).clip(0, (height - 1) // 2)
@@ -345,23 +343,30 @@ def evidence_at(
     count, number = len(where), np.full(near.shape, -1, np.int32)
     number.reshape(-1)[where] = np.arange(count)
 
-    # What each window tells of those in its inner part.
-    result, known = np.zeros((count, NUM_ATTRIBUTES), np.float16), np.zeros(count, bool)
+    # What each window of a look tells of those in its inner part.
     place = np.full(shape[0], -1)
     place[chosen] = np.arange(len(chosen))
-    for windows, logits in zip(groups, attributes, strict=True):
-        scale = windows.scale
-        values = logits.movedim(1, -1).half().numpy()
-        for n, ((frame, top, left), sides) in enumerate(
-            zip(windows.corners(), windows.inner(), strict=True)
-        ):
-            if place[frame] < 0:
-                continue
-            rows, columns = (slice(side.start // scale, side.stop // scale) for side in sides)
-            block = number[place[frame], top // scale :, left // scale :][rows, columns]
-            there = block >= 0
-            which = block[there]
-            result[which] = values[n, rows, columns][there]
-            known[which] = True
+
+    def told(groups: list[Windows], attributes: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        result, known = np.zeros((count, NUM_ATTRIBUTES), np.float16), np.zeros((count, 1), bool)
+        for windows, logits in zip(groups, attributes, strict=True):
+            scale = windows.scale
+            values = logits.movedim(1, -1).half().numpy()
+            for n, ((frame, top, left), sides) in enumerate(
+                zip(windows.corners(), windows.inner(), strict=True)
+            ):
+                if place[frame] < 0:
+                    continue
+                rows, columns = (slice(side.start // scale, side.stop // scale) for side in sides)
+                block = number[place[frame], top // scale :, left // scale :][rows, columns]
+                there = block >= 0
+                which = block[there]
+                result[which] = values[n, rows, columns][there]
+                known[which] = True
+        return result, known
+
+    (first, certain), *others = (told(*look) for look in looks)
+    logits = [first, *(np.where(known, result, first) for result, known in others)]
     where += (chosen - np.arange(len(chosen)))[where // (height * width)] * (height * width)
-    return torch.from_numpy(where[known]), torch.from_numpy(result[known])
+    certain = certain[:, 0]
+    return torch.from_numpy(where[certain]), torch.from_numpy(np.concatenate(logits, 1)[certain])

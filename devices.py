@@ -277,7 +277,8 @@ def end_processes(processes: list[BaseProcess]) -> None:
 
 
 def follow_parent() -> None:
-    """End this worker when its parent is gone, even by kill -9."""
+    """End this worker when its parent is gone, even by kill -9; leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         parent_process().join()

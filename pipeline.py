@@ -168,7 +168,6 @@ def label_groups(threads: int, pipe: Connection) -> None:
         pipe: Gives a pickled Work, then numbers of videos, None after the last; takes what was done
             with each group, or what has failed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
     keep_freed_memory()
     torch.set_num_threads(threads)

@@ -15,7 +15,6 @@ import argparse
 import json
 import secrets
 import shutil
-import signal
 import sys
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -125,7 +124,6 @@ def sweep(out: Path, video: str = "*") -> None:
 
 def render_share(jobs: list[tuple], sender: Connection) -> None:
     """Render videos, each by the arguments of `write_video`, in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent()
     keep_freed_memory()  # a sixth of the time
     try:
